@@ -1,0 +1,1 @@
+"""From requests to tokens: the facade, the root's engine, the scheduler, the sampler and the workers' loop."""

@@ -1,0 +1,97 @@
+"""From each rank's logits to one distribution on the root without sending the vocabulary.
+
+A rank sends its best k tokens and the log-sum-exp of all its logits. The merged candidates are exact for every token
+at least as good as `floor`, the largest logit that some rank may have left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..kernels.elementwise import top_k
+
+NEVER = -np.inf
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best tokens of one row.
+
+    Attributes:
+        ids, logits: best first, ties by lower id; logits as float64, penalties applied, temperature not.
+        floor: no token outside `ids` has a logit above it; -inf if `ids` is the whole vocabulary.
+        log_sum: log-sum-exp of all logits / temperature (of the logits as they are when temperature is 0).
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray
+    floor: float
+    log_sum: float
+
+
+def penalise(logits: np.ndarray, row: np.void, history: np.ndarray, first_id: int) -> None:
+    """Apply a row's penalties to this rank's logits (ids from first_id on), in place.
+
+    history: (tokens,) the sequence so far, prompt first.
+    """
+    repeat, presence, frequency = float(row["repeat"]), float(row["presence"]), float(row["frequency"])
+    if repeat != 1.0:
+        ids = np.unique(history) - first_id
+        ids = ids[(ids >= 0) & (ids < logits.size)]
+        seen = logits[ids]
+        logits[ids] = np.where(seen > 0, seen / np.float32(repeat), seen * np.float32(repeat))
+    if presence != 0.0 or frequency != 0.0:
+        ids, counts = np.unique(history[int(row["prompt"]) :], return_counts=True)
+        ids = ids - first_id
+        mine = (ids >= 0) & (ids < logits.size)
+        logits[ids[mine]] -= (presence + frequency * counts[mine]).astype(np.float32)
+
+
+def log_sum_exp(logits: np.ndarray, temperature: float) -> float:
+    """Return log(sum(exp(logits / temperature))), temperature 0 counting as 1; -inf for no logits."""
+    if not logits.size:
+        return NEVER
+    largest = float(logits.max())
+    scaled = (logits - np.float32(largest)) * np.float32(1 / (temperature or 1.0))
+    return largest / (temperature or 1.0) + float(np.log(np.exp(scaled).sum(dtype=np.float64)))
+
+
+def local_best(logits: np.ndarray, rows: np.ndarray, first_id: int) -> np.ndarray:
+    """Return this rank's part of every row's candidates as float64 (rows, 2 + 2 * k).
+
+    logits: (rows, the rank's ids) float32; k: the largest that any row wants. A row holds the floor, the
+    log-sum-exp, k ids and k logits; places that the rank cannot fill hold id -1.
+    """
+    k = int(rows["k"].max(initial=1))
+    answer = np.full((len(rows), 2 + 2 * k), NEVER)
+    count = min(k, logits.shape[1])
+    ids, values = np.empty(count, np.int64), np.empty(count, np.float32)
+    for out, row, own in zip(answer, rows, logits, strict=True):
+        out[2 : 2 + k] = -1
+        if count:
+            top_k(own, ids, values)
+            out[2 : 2 + count], out[2 + k : 2 + k + count] = ids + first_id, values
+        out[0] = values[-1] if logits.shape[1] > count else NEVER
+        out[1] = log_sum_exp(own, float(row["temperature"])) if row["temperature"] > 0 else NEVER
+    return answer
+
+
+def merge(parts: list[np.ndarray]) -> list[Candidates]:
+    """Return the candidates of every row from all ranks' `local_best`."""
+    merged = []
+    for row in np.stack(parts, axis=1):  # (ranks, 2 + 2k)
+        k = (row.shape[1] - 2) // 2
+        ids, logits = row[:, 2 : 2 + k].ravel().astype(np.int64), row[:, 2 + k :].ravel()
+        ids, logits = ids[ids >= 0], logits[ids >= 0]
+        order = np.lexsort((ids, -logits))
+        floor = float(row[:, 0].max())
+        merged.append(Candidates(ids[order], logits[order], floor, float(np.logaddexp.reduce(row[:, 1]))))
+    return merged
+
+
+def whole(logits: np.ndarray, temperature: float) -> Candidates:
+    """Return the candidates of one row of all logits (vocabulary,) float32."""
+    order = np.lexsort((np.arange(logits.size), -logits))
+    return Candidates(order, logits[order].astype(np.float64), NEVER, log_sum_exp(logits, temperature))

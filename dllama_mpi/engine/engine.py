@@ -1,0 +1,105 @@
+"""The root's engine: requests become steps, steps become tokens. It knows nothing of text or terminals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..parallel.group import TensorParallelGroup
+from .candidates import Candidates, merge, whole
+from .runner import Runner
+from .sampler import choose, wanted
+from .scheduler import Plan, Scheduler
+from .sequence import Sequence
+from .stats import Stats, StepStats
+from .step import ROW, Command, Step, Want
+
+
+class Engine:
+    """Runs on rank 0 and orders the workers about; every other rank is in `worker.serve` meanwhile."""
+
+    def __init__(self, runner: Runner, group: TensorParallelGroup, vocab_size: int, slots: int, chunk: int) -> None:
+        self.runner, self.group, self.vocab_size = runner, group, vocab_size
+        self.scheduler = Scheduler(slots, chunk)
+
+    def run(self, sequences: list[Sequence], stats: Stats) -> Iterator[tuple[Sequence, int, str]]:
+        """Generate until all sequences are finished; yield (sequence, token, finished text) for each token.
+
+        A sequence whose finish_reason is set from outside is dropped at the next step.
+        """
+        for sequence in sequences:
+            self.scheduler.add(sequence)
+        stats.prompt_tokens += sum(s.prompt_length for s in sequences)
+        started = time.perf_counter()
+        try:
+            while (plan := self.scheduler.next_plan()) is not None:
+                for sequence, token in self._step(plan, stats):
+                    if stats.first_token_seconds is None:
+                        stats.first_token_seconds = time.perf_counter() - started
+                    stats.output_tokens += 1
+                    yield sequence, token, sequence.append(token)
+        finally:
+            self.scheduler.clear()
+
+    def _step(self, plan: Plan, stats: Stats) -> list[tuple[Sequence, int]]:
+        traffic, begun = self.group.traffic, time.perf_counter()
+        waited, sent, received = traffic.seconds, traffic.sent, traffic.received
+        rows = np.zeros(len(plan.sequences), ROW)
+        for row, sequence in zip(rows, plan.sequences, strict=True):
+            p = sequence.params
+            row["k"], row["prompt"] = wanted(p, self.vocab_size), sequence.prompt_length
+            row["temperature"], row["repeat"] = p.temperature, p.repeat_penalty
+            row["presence"], row["frequency"] = p.presence_penalty, p.frequency_penalty
+        answers = self._order(Step(plan.batch, rows, Want.CANDIDATES))
+        chosen = [(s, self._choose(s, c, i, stats)) for i, (s, c) in enumerate(self._merged(plan, answers))]
+        step = StepStats(
+            tokens=plan.batch.tokens,
+            seconds=time.perf_counter() - begun,
+            sync_seconds=traffic.seconds - waited,
+            sent=traffic.sent - sent,
+            received=traffic.received - received,
+        )
+        (stats.prefill if plan.is_prefill else stats.decode).append(step)
+        return chosen
+
+    def _merged(self, plan: Plan, answers: list[np.ndarray]) -> list[tuple[Sequence, Candidates]]:
+        return list(zip(plan.sequences, merge(answers), strict=True)) if plan.sequences else []
+
+    def _choose(self, sequence: Sequence, candidates: Candidates, index: int, stats: Stats) -> int:
+        greedy = sequence.params.temperature == 0
+        value = 0.0 if greedy else float(sequence.rng.random())
+        token = choose(candidates, sequence.params, value)
+        if token is None:
+            stats.full_gathers += 1
+            self.group.send_command(Command.FULL_LOGITS)
+            parts = self.runner.full_logits()
+            assert parts is not None
+            logits = np.concatenate([part[index] for part in parts])
+            token = choose(whole(logits, sequence.params.temperature), sequence.params, value)
+            assert token is not None
+        return token
+
+    def logits(self, plan: Plan) -> np.ndarray:
+        """Return all logits (rows, vocabulary) float32 of a batch."""
+        answers = self._order(Step(plan.batch, np.zeros(len(plan.batch.logit_rows), ROW), Want.FULL))
+        return np.concatenate(answers, axis=1)
+
+    def scores(self, plan: Plan, targets: np.ndarray) -> np.ndarray:
+        """Return the natural log-probability (rows,) float64 of a target token for each logit row of a batch."""
+        rows = np.zeros(len(targets), ROW)
+        rows["target"] = targets
+        parts = np.stack(self._order(Step(plan.batch, rows, Want.SCORES)))
+        return parts[:, :, 1].max(axis=0) - np.logaddexp.reduce(parts[:, :, 0], axis=0)
+
+    def _order(self, step: Step) -> list[np.ndarray]:
+        self.group.send_command(Command.STEP, step.to_bytes())
+        answers = self.runner.step(step)
+        assert answers is not None
+        return answers
+
+    def times(self, stats: Stats) -> None:
+        """Ask every rank how long it waited, and put that into the statistics."""
+        self.group.send_command(Command.TIMES)
+        stats.rank_hosts, stats.rank_wait_seconds = self.group.hosts, self.group.allgather(self.group.traffic.seconds)

@@ -1,0 +1,364 @@
+"""The facade: `LLM`, built and called by every rank alike."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from ..errors import ClusterError, DllamaError, ModelError, RequestError, UsageError
+from ..kernels import runtime
+from ..kernels.layout import FORMATS
+from ..log import progress, say
+from ..model.batch import Batch
+from ..model.config import ModelConfig
+from ..model.context import Context
+from ..model.kv_cache import KV_TYPES
+from ..model.size import buffer_bytes, cache_bytes, weight_bytes
+from ..model.transformer import Transformer
+from ..parallel.allreduce import PAYLOADS
+from ..parallel.group import TensorParallelGroup, connect
+from ..parallel.partition import parse_split, shards
+from ..text.stream import TextStream
+from ..text.tokenizer import Tokenizer
+from ..weights.checkpoint import Checkpoint
+from .engine import Engine
+from .memory import Need, available_bytes, fitting_positions
+from .runner import Runner
+from .scheduler import Plan
+from .sequence import SamplingParams
+from .sequence import Sequence as Request
+from .stats import Stats
+from .step import Command
+from .worker import serve
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is loaded and run; the root's values count on every rank.
+
+    Attributes:
+        model: a model directory, or "demo" for the one that comes with the package.
+        weights: "q40", "q80", "f16" or "f32"; None: what a converted directory holds, else q40.
+        buffer_float_type: what activations are sent as: "f32", "f16" or "q80".
+        nthreads: threads a rank; None: the cores it may use, divided by the ranks that share them.
+        max_seq_len: positions of the KV cache; None: the model's, or what fits in memory.
+        max_batch: sequences that run at once. prefill_chunk: prompt tokens a step.
+        kv_type: "f16" or "f32"; None: f32 with f32 weights, else f16.
+        split: the ranks' shares, such as "3,1,1"; None: equal.
+        tokenizer: a tokenizer.json or a folder with one; None: the model's.
+        quiet: print nothing on stderr.
+    """
+
+    model: str
+    weights: str | None = None
+    buffer_float_type: str = "f32"
+    nthreads: int | None = None
+    max_seq_len: int | None = None
+    max_batch: int = 1
+    prefill_chunk: int = 256
+    kv_type: str | None = None
+    split: str | None = None
+    tokenizer: str | None = None
+    quiet: bool = True
+
+    def check(self) -> None:
+        """Raise a UsageError that names the first value that cannot be."""
+        choices = (("weights", FORMATS), ("buffer_float_type", PAYLOADS), ("kv_type", KV_TYPES))
+        for name, allowed in choices:
+            value = getattr(self, name)
+            if value not in allowed and not (value is None and name != "buffer_float_type"):
+                raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        for name in ("nthreads", "max_seq_len", "max_batch", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 1")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a call generated.
+
+    Attributes:
+        token_ids: generated tokens, a final stop token left out. text: their text, cut at a stop string.
+        finish_reason: "stop", "length" or "abort". stats: figures of the whole call.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    stats: Stats
+
+
+class LLM:
+    """A model cut over all ranks. Building one, and each of its calls, is collective: every rank does the same.
+
+    The root (rank 0) gets the results, the other ranks None. With one process no MPI is needed.
+
+    Raises (all methods):
+        DllamaError: a user's mistake, the same on every rank.
+    """
+
+    def __init__(
+        self, model: str | os.PathLike[str], *, group: TensorParallelGroup | None = None, **options: Any
+    ) -> None:
+        """Load the model; `options` are the fields of `Options`."""
+        self.group = group or connect()
+        with self.group.together():
+            self.options: Options = Options(model=os.fspath(model), **options)
+        self.options = self.group.broadcast(self.options)
+        o = self.options
+        cores = self.group.allgather((self.group.host, runtime.usable_cores()))
+        with self.group.together():
+            o.check()
+            self.folder = model_folder(o.model)
+            self.config = ModelConfig.load(self.folder)
+            source = Checkpoint(self.folder)
+            self.format = FORMATS[o.weights or source.format_name or "q40"]
+            c = self.config
+            parts = shards(
+                c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size, parse_split(o.split, self.group.size)
+            )
+            self.threads = self._threads(cores)
+            self._tokenizer: Tokenizer | None = self._load_tokenizer() if self.group.is_root else None
+        self._compare_files(source)
+        self.kv_type = o.kv_type or ("f32" if self.format.name == "f32" else "f16")
+        context = Context(self.group, parts[self.group.rank], self.format, self.threads)
+        tokens = o.prefill_chunk + o.max_batch
+        self.max_seq_len = self._positions(context, tokens)
+        with self.group.together():
+            show = self.group.is_root and not o.quiet
+            self._model = Transformer(source, c, context, lambda layers: progress(layers, "loading", show))
+            self._model.allocate(tokens, o.max_batch, self.max_seq_len, self.kv_type)
+            self.group.prepare_all_reduce(tokens * self._model.context.partial.shape[1], o.buffer_float_type)
+        self._runner = Runner(self._model, self.group, o.max_batch, self.max_seq_len)
+        self.engine = Engine(self._runner, self.group, c.vocab_size, o.max_batch, o.prefill_chunk)
+        self._in_session = False
+
+    # ---- setting up
+
+    def _threads(self, everybody: list[tuple[str, list[int]]]) -> int:
+        wanted = self.options.nthreads
+        if wanted is None:
+            cores = runtime.usable_cores()
+            sharing = [other for other in everybody if other == (self.group.host, cores)]
+            wanted = max(1, len(cores) // len(sharing))
+        runtime.set_threads(wanted)
+        return wanted
+
+    def _load_tokenizer(self) -> Tokenizer | None:
+        given = self.options.tokenizer
+        if given is None and not any((self.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+            return None  # token ids alone need none
+        return Tokenizer.load(self.folder, Path(given) if given is not None else None)
+
+    def _compare_files(self, source: Checkpoint) -> None:
+        seen = self.group.allgather((source.fingerprint(), self.config))
+        for rank, other in enumerate(seen):
+            if other != seen[0]:
+                error = ClusterError(
+                    f"rank {rank} on {self.group.hosts[rank]} sees other model files than rank 0 on"
+                    f" {self.group.hosts[0]} under {self.folder}; copy the same files to every host"
+                )
+                self.group.agree(error)
+
+    def _positions(self, context: Context, tokens: int) -> int:
+        o, c = self.options, self.config
+        wanted = o.max_seq_len or c.max_position_embeddings
+        fixed = weight_bytes(c, context.shard, self.format) + buffer_bytes(c, context.shard, tokens, self.group.size)
+        each = cache_bytes(c, context.shard, self.kv_type) * o.max_batch
+        needs = self.group.allgather(Need(self.group.host, fixed, each, available_bytes()))
+        with self.group.together():
+            positions = fitting_positions(needs, wanted, o.max_seq_len is not None)
+        if positions < wanted and self.group.is_root and not o.quiet:
+            say(f"max-seq-len is {positions}: the model's {wanted} positions do not fit in memory")
+        if o.max_seq_len and o.max_seq_len > c.max_position_embeddings and self.group.is_root and not o.quiet:
+            say(
+                f"max-seq-len {o.max_seq_len} is beyond the {c.max_position_embeddings} positions the model was made for"
+            )
+        return positions
+
+    @property
+    def is_root(self) -> bool:
+        """Whether this process is rank 0."""
+        return self.group.is_root
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, on the root.
+
+        Raises:
+            ModelError: the model directory has none.
+        """
+        if self._tokenizer is None:
+            raise ModelError(f"{self.folder}: no tokenizer.json; give one with --tokenizer, or use token ids")
+        return self._tokenizer
+
+    # ---- calls
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[bool]:
+        """Open a call: True on the root; the other ranks serve it to its end and get False."""
+        if not self.group.is_root:
+            serve(self._runner, self.group)
+            yield False
+            return
+        if self._in_session:
+            yield True
+            return
+        self.group.reset_traffic()
+        try:
+            yield True
+        except DllamaError as error:
+            self.group.send_command(Command.FAILED, pickle.dumps(error))
+            error.agreed = True  # type: ignore[attr-defined]
+            raise
+        except (GeneratorExit, KeyboardInterrupt):
+            self.group.send_command(Command.DONE)
+            raise
+        self.group.send_command(Command.DONE)
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[bool]:
+        """Keep the workers at the root's command over several calls: True on the root, which makes the calls alone;
+        the other ranks serve until the root leaves the session, then get False.
+
+        Within a session a wrong request raises on the root only, and the KV cache of a finished sequence serves the
+        next prompt that begins with the same tokens.
+        """
+        with self._call() as leads:
+            self._in_session = leads
+            self.engine.scheduler.reuse = leads and self.config.rope.kind != "dynamic"
+            try:
+                yield leads
+            finally:
+                self._in_session = self.engine.scheduler.reuse = False
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return a prompt's token ids, checked against the vocabulary and the context. Root only.
+
+        Raises:
+            RequestError: empty, too long, or ids out of range.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        if not ids:
+            raise RequestError("the prompt has no tokens; give at least one")
+        wrong = [i for i in ids if not 0 <= i < self.config.vocab_size]
+        if wrong:
+            raise RequestError(
+                f"token id {wrong[0]} is out of range; the vocabulary has ids 0 to {self.config.vocab_size - 1}"
+            )
+        if len(ids) > self.max_seq_len:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens; the context holds {self.max_seq_len}; shorten it or raise --max-seq-len"
+            )
+        return ids
+
+    def request(self, prompt: Prompt, params: SamplingParams, is_chat: bool = False) -> Request:
+        """Return a prompt as a sequence for the engine. Root only; see `encode` for what it raises."""
+        ids = self.tokenizer.encode(prompt, add_special_tokens=False) if is_chat and isinstance(prompt, str) else prompt
+        ids = self.encode(ids)
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and the model directory has none")
+        text = TextStream(self._tokenizer, () if is_chat else ids, params.stop) if self._tokenizer else None
+        limit = self.max_seq_len if params.max_tokens is None else min(self.max_seq_len, len(ids) + params.max_tokens)
+        rng = np.random.default_rng(secrets.randbits(64) if params.seed is None else params.seed)
+        return Request(ids, params, limit, text, rng, self.stop_ids)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The token ids that end a text. Root only."""
+        if self._tokenizer is not None:
+            return self._tokenizer.stop_ids
+        return frozenset(declared_stop_ids(self.folder))
+
+    @overload
+    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Generation | None: ...
+    @overload
+    def generate(self, prompt: Sequence[Prompt], params: SamplingParams | None = None) -> list[Generation] | None: ...
+    def generate(self, prompt: Any, params: SamplingParams | None = None) -> Any:
+        """Return the `Generation` of a prompt (text or token ids), or a list of them for a list of prompts.
+
+        Up to `max_batch` prompts run at once. None on ranks other than the root.
+        """
+        with self._call() as leads:
+            if not leads:
+                return None
+            params, stats = params or SamplingParams(), Stats()
+            several = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], (int, np.integer))
+            requests = [self.request(p, params) for p in (prompt if several else [prompt])]
+            for _ in self.engine.run(requests, stats):
+                pass
+            self.engine.times(stats)
+            results = [Generation(r.output_ids, "".join(r.pieces), r.finish_reason or "abort", stats) for r in requests]
+            return results if several else results[0]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, stats: Stats | None = None, is_chat: bool = False
+    ) -> Iterator[str]:
+        """Yield the text of a generation piece by piece on the root; other ranks' iterators yield nothing.
+
+        Every rank must iterate. A text prompt with `is_chat` is a rendered template: no BOS is added.
+        """
+        with self._call() as leads:
+            if not leads:
+                return
+            stats = stats if stats is not None else Stats()
+            request = self.request(prompt, params or SamplingParams(), is_chat)
+            for _, _, piece in self.engine.run([request], stats):
+                if piece:
+                    yield piece
+            self.engine.times(stats)
+
+    def logits(self, token_ids: Sequence[int]) -> np.ndarray | None:
+        """Return the logits (n, vocab) float32 after each of n tokens on the root, None elsewhere."""
+        with self._call() as leads:
+            if not leads:
+                return None
+            return np.concatenate([self.engine.logits(plan) for plan in self._plans(self.encode(token_ids))])
+
+    def log_probabilities(self, token_ids: Sequence[int]) -> np.ndarray | None:
+        """Return the natural log-probability (n - 1,) float64 of each of n tokens but the first on the root."""
+        with self._call() as leads:
+            if not leads:
+                return None
+            ids = np.array(self.encode(token_ids), np.int32)
+            parts = [np.zeros(0)]
+            for plan in self._plans(ids[:-1].tolist()):
+                parts.append(self.engine.scores(plan, ids[plan.batch.positions + 1]))
+            return np.concatenate(parts)
+
+    def _plans(self, ids: list[int]) -> Iterator[Plan]:
+        """Yield the prefill of one sequence in slot 0, all rows wanted."""
+        self.engine.scheduler.forget(0)
+        for start in range(0, len(ids), self.options.prefill_chunk):
+            part = np.array(ids[start : start + self.options.prefill_chunk], np.int32)
+            positions = np.arange(start, start + len(part), dtype=np.int32)
+            zeros, every = np.zeros(len(part), np.int32), np.arange(len(part), dtype=np.int32)
+            yield Plan(Batch(part, positions, zeros, zeros + len(ids), every), [], True)
+
+
+def model_folder(model: str) -> Path:
+    """Return the directory of a model given by path, or of the bundled one for "demo"."""
+    return DEMO if model == "demo" and not Path(model).is_dir() else Path(model).expanduser()
+
+
+def declared_stop_ids(folder: Path) -> list[int]:
+    """Return the stop tokens that generation_config.json and config.json name; for models without a tokenizer."""
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        with contextlib.suppress(OSError, ValueError):
+            value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            ids.update(value if isinstance(value, list) else [] if value is None else [value])
+    return sorted(ids)

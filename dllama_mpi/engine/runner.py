@@ -1,0 +1,70 @@
+"""One rank's part of a step: feed the batch, prepare what is wanted of the logits, send it to the root."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..model.transformer import HEAD_ROWS, Transformer
+from ..parallel.group import TensorParallelGroup
+from .candidates import local_best, log_sum_exp, penalise
+from .step import Step, Want
+
+
+class Runner:
+    """Carries out steps on one rank. Methods are collective."""
+
+    def __init__(self, model: Transformer, group: TensorParallelGroup, slots: int, positions: int) -> None:
+        self.model, self.group = model, group
+        self.first_id = model.context.shard.vocab[0]
+        # Every rank sees every token, so that penalties need no history sent.
+        self._history = np.zeros((slots, positions), np.int32)
+        self._logits = np.zeros((0, 0), np.float32)
+
+    def step(self, step: Step) -> list[np.ndarray] | None:
+        """Carry out a step; return all ranks' answers on the root, None elsewhere.
+
+        An answer is, by `step.want`: candidates, see `local_best`; logits (rows, the rank's ids) float32; or scores
+        (rows, 2) float64, the log-sum-exp and the target's logit (-inf where another rank holds it).
+        """
+        batch = step.batch
+        self._history[batch.slots, batch.positions] = batch.token_ids
+        hidden = self.model.forward(batch)
+        if not len(hidden):
+            return []
+        if step.want is not Want.CANDIDATES:
+            return self._in_pieces(hidden, step)
+        self._logits = self._prepared(hidden, step)
+        return self.group.gather(local_best(self._logits, step.rows, self.first_id))
+
+    def full_logits(self) -> list[np.ndarray] | None:
+        """Return all ranks' logits, penalties applied, of the last step's rows on the root; None elsewhere."""
+        return self.group.gather(self._logits)
+
+    def _prepared(self, hidden: np.ndarray, step: Step) -> np.ndarray:
+        parts = [self.model.logits(hidden[i : i + HEAD_ROWS]) for i in range(0, len(hidden), HEAD_ROWS)]
+        logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        batch = step.batch
+        for row, at, own in zip(step.rows, batch.logit_rows, logits, strict=True):
+            history = self._history[batch.slots[at], : batch.positions[at] + 1]
+            penalise(own, row, history, self.first_id)
+        return logits
+
+    def _in_pieces(self, hidden: np.ndarray, step: Step) -> list[np.ndarray] | None:
+        """Gather a few rows at a time: nobody holds more logits than those."""
+        gathered = []
+        for i in range(0, len(hidden), HEAD_ROWS):
+            logits = self.model.logits(hidden[i : i + HEAD_ROWS])
+            if step.want is Want.SCORES:
+                logits = self._scores(logits, step.rows["target"][i : i + HEAD_ROWS])
+            gathered.append(self.group.gather(logits))
+        if not self.group.is_root:
+            return None
+        return [np.concatenate([piece[rank] for piece in gathered if piece]) for rank in range(self.group.size)]
+
+    def _scores(self, logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        scores = np.full((len(logits), 2), -np.inf)
+        for out, own, target in zip(scores, logits, targets - self.first_id, strict=True):
+            out[0] = log_sum_exp(own, 1.0)
+            if 0 <= target < own.size:
+                out[1] = own[target]
+        return scores

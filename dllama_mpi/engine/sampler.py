@@ -1,0 +1,57 @@
+"""Choosing a token from a row's candidates: greedy, temperature, top-k, top-p, min-p."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .candidates import Candidates
+from .sequence import SamplingParams
+
+WANTED = 64  # candidates a rank sends for sampling without top-k: enough for most rows' top-p
+
+
+def wanted(params: SamplingParams, vocab_size: int) -> int:
+    """Return how many candidates each rank should send for these parameters."""
+    if params.temperature == 0:
+        return 1
+    return min(params.top_k, vocab_size) if params.top_k else min(WANTED, vocab_size)
+
+
+def choose(candidates: Candidates, params: SamplingParams, rng_value: float) -> int | None:
+    """Return the chosen token, or None if the candidates do not cover what decides it.
+
+    rng_value: uniform in [0, 1). The choice inverts the cumulative distribution of the kept tokens, best first, so
+    that it is the same from few candidates or from the whole vocabulary.
+    """
+    ids, scaled = candidates.ids, candidates.logits
+    if params.temperature == 0:
+        return int(ids[0])
+    scaled, total = scaled / params.temperature, candidates.log_sum
+    complete = candidates.floor == -np.inf  # nothing that could be chosen is missing from the list
+    if params.top_k:
+        ids, scaled, complete = ids[: params.top_k], scaled[: params.top_k], True
+        total = float(np.logaddexp.reduce(scaled))
+    elif not complete:  # a token no better than the floor may have an equal elsewhere
+        certain = int(np.searchsorted(-candidates.logits, -candidates.floor, "left"))
+        ids, scaled = ids[:certain], scaled[:certain]
+    probabilities = np.exp(scaled - total)
+    if params.top_p < 1:
+        reached = np.cumsum(probabilities)
+        keep = int(np.searchsorted(reached, params.top_p, "left")) + 1
+        if keep > len(ids) and not complete:
+            return None
+        ids, probabilities, complete = ids[:keep], probabilities[:keep], True
+    if params.min_p > 0:
+        keep = int(np.searchsorted(-probabilities, -params.min_p * probabilities[:1].max(initial=0), "right"))
+        if keep == len(ids) and not complete:
+            return None
+        ids, probabilities, complete = ids[:keep], probabilities[:keep], True
+    mass = float(probabilities.sum())
+    if not complete and rng_value >= mass:
+        return None
+    return _draw(ids, probabilities, rng_value * (mass if complete else 1.0))
+
+
+def _draw(ids: np.ndarray, probabilities: np.ndarray, point: float) -> int:
+    index = int(np.searchsorted(np.cumsum(probabilities), point, "right"))
+    return int(ids[min(index, len(ids) - 1)])

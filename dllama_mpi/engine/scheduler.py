@@ -1,0 +1,108 @@
+"""Which tokens go into the next step: continuous batching with prefill in chunks."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..model.batch import Batch
+from .sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step's batch, the sequences whose logits it wants (one a logit row), and whether it feeds prompts."""
+
+    batch: Batch
+    sequences: list[Sequence]
+    is_prefill: bool
+
+
+class Scheduler:
+    """Gives waiting sequences a slot and packs steps of up to `chunk` prompt tokens and one token a running sequence.
+
+    Attributes:
+        reuse: whether a sequence may start from what its slot's last one left in the KV cache.
+    """
+
+    def __init__(self, slots: int, chunk: int) -> None:
+        self.chunk, self.reuse = chunk, False
+        self._cached: list[list[int]] = [[] for _ in range(slots)]  # the tokens that each slot's KV cache holds
+        self._free = list(range(slots))[::-1]
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        self._waiting.append(sequence)
+
+    def clear(self) -> None:
+        """Drop every sequence."""
+        for sequence in self._running:
+            self._release(sequence)
+        self._running, self._waiting = [], deque()
+
+    def forget(self, slot: int) -> None:
+        """Count a slot's KV cache as empty: something else was written there."""
+        self._cached[slot] = []
+
+    def _release(self, sequence: Sequence) -> None:
+        self._cached[sequence.slot] = sequence.tokens[: sequence.computed]
+        self._free.append(sequence.slot)
+
+    def _admit(self, sequence: Sequence) -> None:
+        common = {slot: _common(self._cached[slot], sequence.tokens) if self.reuse else 0 for slot in self._free}
+        sequence.slot = max(self._free, key=lambda slot: common[slot])
+        sequence.computed = min(common[sequence.slot], len(sequence.tokens) - 1)  # the last one's logits are wanted
+        self._free.remove(sequence.slot)
+        self._running.append(sequence)
+
+    def next_plan(self) -> Plan | None:
+        """Return the next step, or None when nothing is left to do."""
+        for sequence in [s for s in self._running if s.finish_reason is not None]:
+            self._running.remove(sequence)
+            self._release(sequence)
+        while self._waiting and self._free:
+            sequence = self._waiting.popleft()
+            if sequence.finish_reason is None:
+                self._admit(sequence)
+        if not self._running:
+            return None
+        return self._pack()
+
+    def _pack(self) -> Plan:
+        room, is_prefill = self.chunk, False
+        columns: list[list[int]] = [[], [], [], []]
+        rows: list[int] = []
+        wanted: list[Sequence] = []
+        for sequence in self._running:
+            left = len(sequence.tokens) - sequence.computed
+            prompt = sequence.computed < sequence.prompt_length
+            count = min(left, room) if prompt else left
+            if count == 0:
+                continue
+            if prompt:
+                room, is_prefill = room - count, True
+            positions = range(sequence.computed, sequence.computed + count)
+            columns[0] += sequence.tokens[positions.start : positions.stop]
+            columns[1] += positions
+            columns[2] += [sequence.slot] * count
+            columns[3] += [max(sequence.prompt_length, p + 1) for p in positions]
+            sequence.computed += count
+            if sequence.computed == len(sequence.tokens):
+                rows.append(len(columns[0]) - 1)
+                wanted.append(sequence)
+        ids, where, slots, lengths = (np.array(c, np.int32) for c in columns)
+        return Plan(Batch(ids, where, slots, lengths, np.array(rows, np.int32)), wanted, is_prefill)
+
+
+def _common(first: list[int], second: list[int]) -> int:
+    """Return the length of two lists' common beginning."""
+    length = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length

@@ -1,0 +1,33 @@
+"""What ranks above 0 do during a call: wait for a command, carry it out, repeat."""
+
+from __future__ import annotations
+
+import pickle
+
+from ..parallel.group import TensorParallelGroup
+from .runner import Runner
+from .step import Command, Step
+
+
+def serve(runner: Runner, group: TensorParallelGroup) -> None:
+    """Carry out the root's commands until it says that the call is over.
+
+    Raises:
+        DllamaError: the root found the call's arguments wrong.
+    """
+    while True:
+        kind, payload = group.next_command()
+        if kind == Command.STEP:
+            runner.step(Step.from_bytes(payload))
+        elif kind == Command.FULL_LOGITS:
+            runner.full_logits()
+        elif kind == Command.TIMES:
+            group.allgather(group.traffic.seconds)
+        elif kind == Command.FAILED:
+            error = pickle.loads(payload)
+            error.agreed = True
+            raise error
+        elif kind == Command.DONE:
+            return
+        else:
+            raise RuntimeError(f"unknown command {kind}")

@@ -1,0 +1,31 @@
+"""What can go wrong by a user's hand. Each message is one line: the value, the limit, the remedy.
+
+DllamaError
+├── UsageError      arguments and options
+├── ModelError      a model's files and what they describe
+├── RequestError    one prompt or its sampling parameters; the program lives on
+└── ClusterError    ranks, hosts, launchers and memory
+
+The command line prints such an error once and ends every rank with exit status 2. Anything else is a fault
+of the program and shows a traceback.
+"""
+
+
+class DllamaError(Exception):
+    """A user's mistake, told in one line."""
+
+
+class UsageError(DllamaError):
+    """An option or argument that cannot be used."""
+
+
+class ModelError(DllamaError):
+    """A model directory that is missing, damaged, unknown or does not fit its own config."""
+
+
+class RequestError(DllamaError):
+    """A prompt or sampling parameter outside its limits."""
+
+
+class ClusterError(DllamaError):
+    """Ranks, launchers, hosts or memory that do not fit the job."""

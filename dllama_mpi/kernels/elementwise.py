@@ -1,0 +1,159 @@
+"""Kernels between the matrix products: RMSNorm, SiLU, rotary embedding, residuals, Q80 activations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, prange, types
+from numba.extending import intrinsic
+
+from .layout import BLOCK
+from .runtime import FASTMATH
+from .simd import F16, I16
+
+
+@intrinsic
+def _as_element(typingctx, array, value):
+    """Return a float32 as an element of a float32 or float16 (uint16 bits) array."""
+
+    def codegen(context, builder, signature, args):
+        if signature.return_type == types.float32:
+            return args[1]
+        return builder.bitcast(builder.fptrunc(args[1], F16), I16)
+
+    return array.dtype(array, types.float32), codegen
+
+
+@njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
+def quantise_row(x, xq, xs, xc):
+    """Quantise a float32 row to Q80: int8 codes, a float32 scale a block of 32, and -8 * the block's sum of codes."""
+    for block in range(xs.size):
+        start = block * BLOCK
+        largest = np.float32(0)
+        for i in range(BLOCK):
+            largest = max(largest, abs(x[start + i]))
+        inverse = np.float32(127) / largest if largest > 0 else np.float32(0)
+        total = np.int32(0)
+        for i in range(BLOCK):
+            code = np.int32(np.rint(x[start + i] * inverse))
+            xq[start + i] = np.int8(code)
+            total += code
+        xs[block] = largest * np.float32(1 / 127)
+        xc[block] = np.int32(-8) * total
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def quantise(x, xq, xs, xc):
+    """Quantise activations x (tokens, cols) float32 to Q80; cols is a multiple of 32."""
+    for t in prange(x.shape[0]):
+        quantise_row(x[t], xq[t], xs[t], xc[t])
+
+
+@njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
+def _rms_norm_row(x, weight, eps, size, out):
+    square = np.float32(0)
+    for i in range(size):
+        square += x[i] * x[i]
+    scale = np.float32(1) / np.float32(math.sqrt(square / np.float32(size) + eps))
+    for i in range(size):
+        out[i] = x[i] * scale * weight[i]
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def rms_norm(x, weight, eps, out, xq, xs, xc):
+    """Normalise x (tokens, padded hidden) by its root mean square over weight.size values (arXiv:1910.07467).
+
+    out: float32 like x, its padding untouched. With xq, xs, xc not empty the result is also quantised to Q80.
+    """
+    for t in prange(x.shape[0]):
+        _rms_norm_row(x[t], weight, eps, weight.size, out[t])
+        if xq.size > 0:
+            quantise_row(out[t], xq[t], xs[t], xc[t])
+
+
+@njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
+def _silu_mul_row(gate, up):
+    for i in range(gate.size):
+        gate[i] = gate[i] / (np.float32(1) + np.float32(math.exp(-gate[i]))) * up[i]
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def silu_mul(gate, up, gate_bias, up_bias, xq, xs, xc):
+    """Compute silu(gate + bias) * (up + bias) into gate, all (tokens, cols) float32; biases may be empty.
+
+    With xq, xs, xc not empty the result is also quantised to Q80.
+    """
+    for t in prange(gate.shape[0]):
+        if gate_bias.size > 0:
+            gate[t, : gate_bias.size] += gate_bias
+            up[t, : up_bias.size] += up_bias
+        _silu_mul_row(gate[t], up[t])
+        if xq.size > 0:
+            quantise_row(gate[t], xq[t], xs[t], xc[t])
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def add(x, y, bias):
+    """Add y and a bias (empty for none) to x in place; x and y are (tokens, n) float32."""
+    for t in prange(x.shape[0]):
+        for i in range(x.shape[1]):
+            x[t, i] += y[t, i]
+        for i in range(bias.size):
+            x[t, i] += bias[i]
+
+
+@njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
+def _rotate(head, cos, sin):
+    half = cos.size
+    for i in range(half):
+        a, b = head[i], head[half + i]
+        head[i] = a * cos[i] - b * sin[i]
+        head[half + i] = b * cos[i] + a * sin[i]
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def rope_and_store(
+    qkv, bias, q_norm, k_norm, eps, cos, sin, head_dim, q_heads, k_start, v_start, k_cache, v_cache, slots, positions
+):
+    """Finish queries and keys in place and put keys and values into the cache.
+
+    qkv: (tokens, n) float32, q heads from 0, k heads from k_start, v heads from v_start; bias: (n,) or empty;
+    q_norm, k_norm: (head_dim,) RMSNorm weights a head, or empty; cos, sin: (tokens, head_dim / 2) float32, the
+    rotary embedding in half-split order (arXiv:2104.09864); k_cache, v_cache: (slots, kv_heads, seq, head_dim)
+    float32 or float16 bits; slots, positions: (tokens,) int32.
+    """
+    for t in prange(qkv.shape[0]):
+        row = qkv[t]
+        if bias.size > 0:
+            row += bias
+        for h in range(q_heads):
+            head = row[h * head_dim : (h + 1) * head_dim]
+            if q_norm.size > 0:
+                _rms_norm_row(head, q_norm, eps, head_dim, head)
+            _rotate(head, cos[t], sin[t])
+        slot, position = slots[t], positions[t]
+        for h in range(k_cache.shape[1]):
+            head = row[k_start + h * head_dim : k_start + (h + 1) * head_dim]
+            if k_norm.size > 0:
+                _rms_norm_row(head, k_norm, eps, head_dim, head)
+            _rotate(head, cos[t], sin[t])
+            for i in range(head_dim):
+                k_cache[slot, h, position, i] = _as_element(k_cache, head[i])
+                v_cache[slot, h, position, i] = _as_element(v_cache, row[v_start + h * head_dim + i])
+
+
+@njit(cache=True, nogil=True)
+def top_k(logits, ids, values):
+    """Write the largest logits of a row and their indices, best first, ties by lower index; k = ids.size."""
+    k, filled = ids.size, 0
+    for i in range(logits.size):
+        x = logits[i]
+        if filled == k and not x > values[k - 1]:
+            continue
+        j = filled if filled < k else k - 1
+        filled = min(filled + 1, k)
+        while j > 0 and x > values[j - 1]:
+            values[j], ids[j] = values[j - 1], ids[j - 1]
+            j -= 1
+        values[j], ids[j] = x, i

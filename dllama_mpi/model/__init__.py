@@ -1,0 +1,1 @@
+"""The transformer: configuration, layers and the forward pass of one rank's slice."""

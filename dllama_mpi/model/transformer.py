@@ -1,0 +1,125 @@
+"""The forward pass of one rank's slice of a dense decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from ..kernels import elementwise
+from ..kernels.layout import ROWS, ceil_to
+from ..weights.checkpoint import Checkpoint
+from ..weights.tiles import check_shape, load_matrix, load_vector
+from .attention import Attention
+from .batch import Batch
+from .config import ModelConfig
+from .context import Context
+from .linear import Activations, multiply
+from .mlp import MLP
+from .rope import Rope
+
+HEAD_ROWS = 64  # rows of logits computed at once
+
+
+class Embedding:
+    """Token vectors, looked up in the mapped file: only the pages of rows that are used take memory."""
+
+    def __init__(self, source: Checkpoint, config: ModelConfig) -> None:
+        name = "model.embed_tokens.weight"
+        if config.tie_word_embeddings and name not in source:
+            name = "lm_head.weight"
+        self._table = source[name]
+        check_shape(self._table, (config.vocab_size, config.hidden_size), None)
+
+    def __call__(self, token_ids: np.ndarray, out: np.ndarray) -> None:
+        """Write the vectors of token_ids (tokens,) into out (tokens, >= hidden) float32."""
+        for row, token in zip(out, token_ids, strict=True):
+            row[: self._table.data.shape[1]] = self._table.rows(int(token), int(token) + 1)[0]
+
+
+class ParallelLMHead:
+    """Logits of the rank's part of the vocabulary: rows of the lm_head, or of the embedding if tied."""
+
+    def __init__(self, source: Checkpoint, config: ModelConfig, context: Context) -> None:
+        name = "lm_head.weight"
+        if config.tie_word_embeddings and name not in source:
+            name = "model.embed_tokens.weight"
+        shape, rows = (config.vocab_size, config.hidden_size), context.shard.vocab
+        self.matrix = load_matrix(source, name, shape, rows, (0, shape[1]), context.format)
+
+    def __call__(self, x: Activations, tokens: int, threads: int) -> np.ndarray:
+        """Return logits (tokens, the rank's rows) float32 of normalised x."""
+        out = np.empty((tokens, ceil_to(self.matrix.rows, ROWS)), np.float32)
+        multiply(self.matrix, x, out, tokens, threads)
+        return out[:, : self.matrix.rows]
+
+
+class Layer:
+    """One decoder layer: attention and MLP, each after an RMSNorm, each added to the residual."""
+
+    def __init__(self, source: Checkpoint, index: int, config: ModelConfig, context: Context) -> None:
+        name = f"model.layers.{index}"
+        self.eps = np.float32(config.rms_norm_eps)
+        self.attention_norm = load_vector(source, f"{name}.input_layernorm.weight", config.hidden_size)
+        self.attention = Attention(source, index, config, context)
+        self.mlp_norm = load_vector(source, f"{name}.post_attention_layernorm.weight", config.hidden_size)
+        self.mlp = MLP(source, index, config, context)
+
+    def __call__(
+        self, residual: np.ndarray, batch: Batch, angles: tuple[np.ndarray, np.ndarray], context: Context
+    ) -> None:
+        """Pass the residual (tokens, hidden) float32 through the layer, in place."""
+        n, x = batch.tokens, context.hidden
+        elementwise.rms_norm(residual, self.attention_norm, self.eps, x.values[:n], *x.quantised(n))
+        self.attention(x, residual, batch, angles, context)
+        elementwise.rms_norm(residual, self.mlp_norm, self.eps, x.values[:n], *x.quantised(n))
+        self.mlp(x, residual, context)
+
+
+class Transformer:
+    """One rank's slice of the model: two all-reduces a layer, logits for its part of the vocabulary."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        config: ModelConfig,
+        context: Context,
+        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
+    ) -> None:
+        """Load the rank's slice; `progress` wraps the iteration over layers.
+
+        Raises:
+            ModelError: a tensor is missing or does not fit the config.
+        """
+        self.config, self.context = config, context
+        self.eps = np.float32(config.rms_norm_eps)
+        self.embedding = Embedding(source, config)
+        self.layers = [Layer(source, i, config, context) for i in progress(range(config.num_layers))]
+        self.norm = load_vector(source, "model.norm.weight", config.hidden_size)
+        self.lm_head = ParallelLMHead(source, config, context)
+        self.rope = Rope(config.rope)
+
+    def allocate(self, tokens: int, slots: int, positions: int, kv_type: str) -> None:
+        """Make buffers for steps of up to `tokens` tokens and a KV cache of `slots` x `positions`."""
+        attention, mlp = self.layers[0].attention, self.layers[0].mlp
+        widths = (attention.width, attention.out_cols, mlp.width)
+        self.context.allocate(self.config, max(tokens, HEAD_ROWS), slots, positions, kv_type, *widths)
+        self._residual = np.zeros_like(self.context.partial)
+
+    def forward(self, batch: Batch) -> np.ndarray:
+        """Feed a batch; return the final hidden states (logit rows, padded hidden) float32, the same on every rank.
+
+        The KV cache holds the batch's tokens afterwards.
+        """
+        residual = self._residual[: batch.tokens]
+        self.embedding(batch.token_ids, residual)
+        angles = self.rope(batch.positions, batch.lengths)
+        for layer in self.layers:
+            layer(residual, batch, angles, self.context)
+        return residual[batch.logit_rows]
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """Return the rank's logits (rows, its part of the vocabulary) float32 of up to 64 hidden states."""
+        x, n = self.context.hidden, len(hidden)
+        elementwise.rms_norm(hidden, self.norm, self.eps, x.values[:n], *x.quantised(n))
+        return self.lm_head(x, n, self.context.threads)

@@ -1,0 +1,146 @@
+"""A directory of safetensors files, mapped into memory.
+
+A safetensors file is an 8-byte little-endian length, a JSON header of that length and raw row-major bytes
+(huggingface.co/docs/safetensors). Mapping it by hand reads BF16 with numpy alone, costs no memory until a value is
+touched, and lets ranks on one host share the page cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ..errors import ModelError
+
+_DTYPES = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16, "U8": np.uint8}
+TILES_KEY = "dllama_mpi.weights"  # in a file's metadata: the tile format of its matrices
+LAYOUT_KEY, LAYOUT = "dllama_mpi.layout", "1"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor of a checkpoint.
+
+    Attributes:
+        dtype: safetensors' name of it: F32, F16, BF16 (values), U8 (tiles).
+        data: mapped array; F16 and BF16 appear as uint16 bits. Writing to it never reaches the file.
+    """
+
+    name: str
+    dtype: str
+    data: np.ndarray
+
+    @property
+    def is_tiles(self) -> bool:
+        """Whether this is a matrix of tiles, see `kernels.layout`."""
+        return self.dtype == "U8"
+
+    def rows(self, start: int, stop: int, cols: tuple[int, int] | None = None) -> np.ndarray:
+        """Return rows (and columns) of values as float32, a copy."""
+        part = self.data[start:stop] if cols is None else self.data[start:stop, cols[0] : cols[1]]
+        return as_float32(part, self.dtype)
+
+
+def as_float32(data: np.ndarray, dtype: str) -> np.ndarray:
+    """Return values of safetensors dtype F32, F16 or BF16 (the latter two as uint16 bits) as float32."""
+    if dtype == "BF16":
+        return (data.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F16":
+        return data.view(np.float16).astype(np.float32)
+    return data.astype(np.float32)
+
+
+class Checkpoint:
+    """All tensors of a model directory: one safetensors file, or shards with an index.
+
+    Attributes:
+        format_name: the tile format of a converted directory ("q40", ...), None for one as published.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open every file and check its header.
+
+        Raises:
+            ModelError: no safetensors, a missing shard, or a truncated or corrupt file.
+        """
+        self.folder = folder
+        self._tensors: dict[str, tuple[Path, dict[str, Any], int]] = {}
+        self._maps: dict[Path, np.ndarray] = {}
+        self._digest = hashlib.sha256()
+        self.format_name: str | None = None
+        for path in _files(folder):
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="numpy") as opened:  # the library checks lengths, offsets and coverage
+                metadata = opened.metadata() or {}
+        except FileNotFoundError:
+            raise ModelError(f"{path}: the index names this file, but it is missing; download it again") from None
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ModelError(f"{path}: truncated or corrupt ({error}); download it again") from None
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header_bytes = file.read(length)
+        header = json.loads(header_bytes)
+        self._digest.update(f"{path.name} {path.stat().st_size} ".encode() + header_bytes)
+        if TILES_KEY in metadata:
+            if metadata.get(LAYOUT_KEY) != LAYOUT:
+                raise ModelError(
+                    f"{path}: converted with layout {metadata.get(LAYOUT_KEY)}, this is {LAYOUT}; convert again"
+                )
+            self.format_name = metadata[TILES_KEY]
+        for name, entry in header.items():
+            if name != "__metadata__":
+                self._tensors[name] = (path, entry, 8 + length)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+        return list(self._tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Map a tensor.
+
+        Raises:
+            ModelError: no such tensor, or of a dtype that cannot be read.
+        """
+        if name not in self._tensors:
+            raise ModelError(f"{self.folder}: tensor {name} is missing; config.json and the weights do not fit")
+        path, entry, base = self._tensors[name]
+        dtype = entry["dtype"]
+        if dtype not in _DTYPES:
+            raise ModelError(f"{path}: tensor {name} is {dtype}; only {', '.join(_DTYPES)} can be read")
+        if path not in self._maps:
+            self._maps[path] = np.memmap(path, np.uint8, mode="c")
+        start, stop = entry["data_offsets"]
+        data = np.frombuffer(self._maps[path][base + start : base + stop].data, _DTYPES[dtype])  # type: ignore[arg-type]
+        return Tensor(name, dtype, data.reshape(entry["shape"]))
+
+    def fingerprint(self) -> str:
+        """Return a digest of the files' names, sizes and headers: what ranks compare to see that they read the same."""
+        return self._digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+            raise ModelError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from None
+        return [folder / name for name in names]
+    if single.is_file():
+        return [single]
+    others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".gguf", ".m", ".pth", ".safetensors"))
+    found = f" (found {', '.join(others[:3])})" if others else ""
+    raise ModelError(f"{folder}: no model.safetensors and no model.safetensors.index.json{found}")
