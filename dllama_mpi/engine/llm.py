@@ -22,6 +22,7 @@ from ..model.batch import Batch
 from ..model.config import ModelConfig
 from ..model.context import Context
 from ..model.kv_cache import KV_TYPES
+from ..model.names import check_files
 from ..model.size import buffer_bytes, cache_bytes, weight_bytes
 from ..model.transformer import Transformer
 from ..parallel.allreduce import PAYLOADS
@@ -125,6 +126,7 @@ class LLM:
             self.folder = model_folder(o.model)
             self.config = ModelConfig.load(self.folder)
             source = Checkpoint(self.folder)
+            check_files(source, self.config)
             self.format = FORMATS[o.weights or source.format_name or "q40"]
             c = self.config
             parts = shards(
@@ -319,7 +321,16 @@ class LLM:
             for _, _, piece in self.engine.run([request], stats):
                 if piece:
                     yield piece
+            if request.finish_reason == "abort" and request.text is not None and (rest := request.text.finish()):
+                yield rest
             self.engine.times(stats)
+
+    def cancel(self) -> None:
+        """Make what is being generated end before its next step, with finish_reason "abort". Not collective.
+
+        May be called from a signal handler; without effect on ranks other than the root.
+        """
+        self.engine.scheduler.cancel()
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray | None:
         """Return the logits (n, vocab) float32 after each of n tokens on the root, None elsewhere."""

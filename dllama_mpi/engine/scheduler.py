@@ -38,6 +38,11 @@ class Scheduler:
         """Queue a sequence."""
         self._waiting.append(sequence)
 
+    def cancel(self) -> None:
+        """End every sequence before its next step. Safe in a signal handler: it only marks them."""
+        for sequence in [*self._running, *self._waiting]:
+            sequence.finish_reason = sequence.finish_reason or "abort"
+
     def clear(self) -> None:
         """Drop every sequence."""
         for sequence in self._running:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import ClusterError, DllamaError
 from .allreduce import AllReduce
-from .launch import abort_on_unexpected, host_name, world
+from .launch import host_name, watch_exceptions, world
 
 _HEAD = 512  # bytes of a command's first message; a decode step fits
 _HEADER = struct.Struct("<ii")  # kind, payload bytes
@@ -186,5 +186,5 @@ def connect() -> TensorParallelGroup:
         ClusterError: see `launch.world`.
     """
     comm = world()
-    abort_on_unexpected(comm)
+    watch_exceptions(comm)
     return TensorParallelGroup(comm)

@@ -74,29 +74,48 @@ def host_name() -> str:
     return socket.gethostname().split(".")[0]
 
 
-def abort_on_unexpected(comm: Any | None) -> None:
-    """Let an exception that reaches the top of any rank end the whole job, naming rank and host.
+def leave(error: DllamaError) -> int:
+    """Print a user's mistake, once for all ranks, and return the exit status 2.
 
-    A `DllamaError` that all ranks agreed on ends each of them by itself, with exit status 2 and one line from rank 0.
+    An error that not all ranks know of ends the whole job here.
     """
-    if comm is None or comm.size == 1 or getattr(sys.excepthook, "ends_job", False):
+    comm = _connected()
+    agreed = comm is None or getattr(error, "agreed", False)
+    if is_root_process() if comm is None else comm.rank == 0 or not agreed:
+        print(f"error: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if comm is not None and not agreed:
+        comm.Abort(2)
+    return 2
+
+
+def _connected() -> Any | None:
+    """Return the world communicator if MPI has been started with more than one rank."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is None or not mpi.Is_initialized() or mpi.Is_finalized() or mpi.COMM_WORLD.size == 1:
+        return None
+    return mpi.COMM_WORLD
+
+
+def watch_exceptions(comm: Any | None) -> None:
+    """Have exceptions that reach the top of any rank end the whole job, naming rank and host.
+
+    A `DllamaError` ends a rank with exit status 2 and one line, printed once, in place of a traceback.
+    """
+    if getattr(sys.excepthook, "ends_job", False):
         return
-    before = sys.excepthook
+    before, ranks = sys.excepthook, comm.size if comm is not None else 1
 
     def hook(kind: type[BaseException], value: BaseException, traceback: Any) -> None:
-        from mpi4py import MPI
-
         if isinstance(value, DllamaError):
-            agreed = getattr(value, "agreed", False)
-            if comm.rank == 0 or not agreed:
-                print(f"error: {value}", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            if not agreed:
-                comm.Abort(2)
-            MPI.Finalize()
-            os._exit(2)
+            status = leave(value)
+            if comm is not None:
+                sys.modules["mpi4py.MPI"].Finalize()
+            os._exit(status)  # the interpreter itself would end with status 1
         before(kind, value, traceback)
+        if comm is None or ranks == 1:
+            return
         reason = " ".join([kind.__name__ + ":", *str(value).splitlines()[:1]])
         print(f"rank {comm.rank} on {host_name()} failed: {reason}; ending the job", file=sys.stderr)
         sys.stdout.flush()

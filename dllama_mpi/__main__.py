@@ -1,0 +1,7 @@
+"""`python -m dllama_mpi`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,67 @@
+"""The command line: one module a command. Arguments are read before MPI starts, so that --help needs none."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from .. import __version__
+from ..errors import DllamaError
+from ..parallel.launch import is_root_process, leave
+from . import chat, convert, generate, info, perplexity
+
+COMMANDS: dict[str, Any] = {
+    "generate": generate,
+    "chat": chat,
+    "convert": convert,
+    "perplexity": perplexity,
+    "info": info,
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, printed once for all ranks."""
+
+    def error(self, message: str) -> NoReturn:
+        if is_root_process():
+            print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+    def print_help(self, file: Any = None) -> None:
+        if is_root_process():
+            super().print_help(file)
+
+
+def parser() -> Parser:
+    """Return the parser of all commands."""
+    top = Parser(
+        prog="dllama_mpi",
+        description="Large language models on the computers you already have: tensor-parallel inference over MPI.",
+        epilog="Without a command, generate is meant: dllama_mpi --model DIR --prompt TEXT. Each command has its --help.",
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="version", version=f"dllama_mpi {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser, required=True)
+    for name, module in COMMANDS.items():
+        text = module.__doc__.strip().splitlines()[0]
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.run)
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, 2 after a user's mistake, 130 after an interrupt."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given or given[0] not in (*COMMANDS, "-h", "--help", "--version"):
+        given.insert(0, "generate")
+    args = parser().parse_args(given)
+    try:
+        return int(args.run(args) or 0)
+    except DllamaError as error:
+        return leave(error)
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        return 1

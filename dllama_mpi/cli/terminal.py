@@ -1,0 +1,113 @@
+"""Standard input of a conversation, and Ctrl-C under launchers that would end the job at the second one.
+
+Under mpiexec rank 0's standard input is a pipe, and an interrupt reaches mpiexec itself: MPICH's forwards the first
+to all ranks and ends the job at the second, Open MPI's ends it at once. So while the conversation lasts mpiexec's
+terminal, if it has one on this host, is told to deliver Ctrl-C as a line of its own, which mpiexec passes on like
+any other.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import select
+import sys
+import termios
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+
+from ..parallel.launch import launched
+
+_CTRL_C = b"\x03"
+
+
+class Terminal:
+    """Lines typed by the user, and whether Ctrl-C was among them. A context manager: it restores the terminal."""
+
+    def __init__(self, interrupt: Callable[[], None]) -> None:
+        self._interrupt = interrupt
+        self._pending = b""
+        self._ended = False
+        self._saved: tuple[int, list[Any]] | None = None
+        self.prompt = ""  # what stands before the line that is awaited, if one is
+
+    def __enter__(self) -> Terminal:
+        path = _launcher_terminal() if launched() is not None else None
+        if path is not None:
+            with contextlib.suppress(OSError, termios.error):
+                device = os.open(path, os.O_RDWR | os.O_NOCTTY)
+                saved = termios.tcgetattr(device)
+                changed = termios.tcgetattr(device)
+                changed[3] &= ~termios.ISIG
+                changed[6][termios.VEOL] = _CTRL_C
+                termios.tcsetattr(device, termios.TCSANOW, changed)
+                self._saved = (device, saved)
+                atexit.register(self._restore)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._saved is not None:
+            device, saved = self._saved
+            self._saved = None
+            with contextlib.suppress(OSError, termios.error):
+                termios.tcsetattr(device, termios.TCSANOW, saved)
+                os.close(device)
+
+    def read_line(self, prompt: str) -> str | None:
+        """Return the next line without its end, or None at the end of input. Ctrl-C begins the line anew."""
+        print(prompt, end="", file=sys.stderr, flush=True)
+        self.prompt = prompt
+        try:
+            return self._line()
+        finally:
+            self.prompt = ""
+
+    def interrupted(self) -> None:
+        """Say how to leave if Ctrl-C comes while a line is awaited; else end the answer."""
+        if self.prompt:
+            print(f"\n(/quit leaves)\n{self.prompt}", end="", file=sys.stderr, flush=True)
+        else:
+            self._interrupt()
+
+    def _line(self) -> str | None:
+        while True:
+            if _CTRL_C in self._pending:
+                self._pending = self._pending.rpartition(_CTRL_C)[2]
+                self.interrupted()
+            line, found, rest = self._pending.partition(b"\n")
+            if found:
+                self._pending = rest
+                return line.decode("utf-8", "replace").rstrip("\r")
+            if self._ended:
+                line, self._pending = self._pending, b""
+                return line.decode("utf-8", "replace") if line else None
+            self._read()
+
+    def _read(self) -> None:
+        data = os.read(sys.stdin.fileno(), 4096)
+        self._ended = not data
+        self._pending += data
+
+    def poll(self) -> None:
+        """Interrupt if Ctrl-C was typed; what was typed before it is dropped, the rest is kept for the next line."""
+        while not self._ended and select.select([sys.stdin], [], [], 0)[0]:
+            self._read()
+        if _CTRL_C in self._pending:
+            self._pending = self._pending.rpartition(_CTRL_C)[2]
+            self._interrupt()
+
+
+def _launcher_terminal() -> str | None:
+    """Return the terminal of the nearest process above this one that has one."""
+    with contextlib.suppress(psutil.Error):
+        for process in psutil.Process().parents():
+            terminal = process.terminal()
+            if terminal is not None:
+                return str(terminal)
+    return None

@@ -1,0 +1,190 @@
+"""Ranks fail together: one clear line, exit status 2, nothing hung, at one rank and at three."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.mpi.launch import ROOT, mpiexec, run
+from tests.tiny_models import CASES, write_model
+
+GOOD = "llama3_gqa"
+
+
+def _model(folder: Path, change: Callable[[Path], object] = lambda folder: None) -> Path:
+    folder.mkdir()
+    write_model(CASES[GOOD], folder)
+    change(folder)
+    return folder
+
+
+def _edit_config(**changes: object) -> Callable[[Path], object]:
+    def change(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def _truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _corrupt(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[20:60] = b"\x00" * 40
+    path.write_bytes(data)
+
+
+def _assert_one_line(done: object, *words: str) -> None:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]  # type: ignore[attr-defined]
+    assert done.returncode == 2, done.stderr  # type: ignore[attr-defined]
+    assert len(lines) == 1, done.stderr  # type: ignore[attr-defined]
+    assert "Traceback" not in done.stderr  # type: ignore[attr-defined]
+    assert done.stdout == ""  # type: ignore[attr-defined]
+    for word in words:
+        assert word in lines[0]
+
+
+MISTAKES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "not a model": (lambda folder: (folder / "config.json").unlink(), ("no config.json",)),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ("no model.safetensors",)),
+    "truncated": (_truncate, ("model.safetensors", "truncated or corrupt")),
+    "corrupt": (_corrupt, ("model.safetensors", "truncated or corrupt")),
+    "shape": (_edit_config(intermediate_size=192), ("mlp", "shape", "config.json implies")),
+    "missing tensor": (_edit_config(num_hidden_layers=9), ("tensor", "is missing")),
+    "architecture": (_edit_config(model_type="mamba"), ("mamba", "supported are")),
+    "not JSON": (lambda folder: (folder / "config.json").write_text("{"), ("config.json", "JSON")),
+    "no tokenizer": (lambda folder: None, ("no tokenizer.json", "--tokenizer")),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_bad_model(mistake: str, ranks: int, tmp_path: Path) -> None:
+    change, words = MISTAKES[mistake]
+    model = _model(tmp_path / "model", change)
+    _assert_one_line(mpiexec(ranks, ["-m", "dllama_mpi", "--model", str(model), "--prompt", "x"], check=False), *words)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--model", "no/such/place", "--prompt", "x"], ("no/such/place", "no such model directory")),
+        (["--prompt", "x", "--nthreads", "4000"], ("4000", "nthreads")),
+        (["--prompt", "x", "--split", "1,0"], ("--split 1,0", "positive")),
+        (["--prompt", "x", "--split", "1,2,3,4,5"], ("5 shares", "ranks")),
+        (["--prompt", "x", "--max-seq-len", "2000000000"], ("GB", "--max-seq-len")),
+        (["--prompt", "word " * 2000], ("tokens", "--max-seq-len")),
+        (["--prompt-file", "no/such/file"], ("no/such/file",)),
+        (["--prompt", "x", "--tokenizer", "no/such/file"], ("no/such/file",)),
+        (["--prompt", "x", "--temperature", "-1"], ("--temperature", "-1")),
+        (["--prompt", "x", "--no-such-option"], ("--no-such-option",)),
+        ([], ("--prompt",)),
+        (["perplexity", "--file", "no/such/file"], ("no/such/file",)),
+        (["chat", "--chat-template", "no-such-template"], ("no-such-template",)),
+        (["convert", "no/such/place", "somewhere"], ("no/such/place",)),
+    ],
+)
+def test_bad_arguments(options: list[str], words: tuple[str, ...], ranks: int) -> None:
+    _assert_one_line(mpiexec(ranks, ["-m", "dllama_mpi", *options], check=False), *words)
+
+
+def test_too_many_ranks() -> None:
+    _assert_one_line(
+        mpiexec(9, ["-m", "dllama_mpi", "--prompt", "x"], check=False), "num_attention_heads is 8", "use at most 8"
+    )
+
+
+def _script(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(text))
+    return str(path)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("call", ["logits([1, 5000])", "logits([-1])", "generate([5] * 200)", "generate([])"])
+def test_bad_token_ids(call: str, ranks: int, tmp_path: Path) -> None:
+    model = _model(tmp_path / "model")
+    script = _script(tmp_path, f"from dllama_mpi import LLM\nLLM({str(model)!r}, nthreads=1).{call}\n")
+    _assert_one_line(mpiexec(ranks, [script], check=False))
+
+
+def test_different_files(tmp_path: Path) -> None:
+    for rank, seed in enumerate([5, 6, 5]):
+        folder = tmp_path / f"host{rank}"
+        folder.mkdir()
+        _model(folder / "model", _edit_config(rms_norm_eps=seed * 1e-6))
+    script = _script(
+        tmp_path,
+        f"""
+        import os
+        from dllama_mpi.parallel.group import connect
+        from dllama_mpi import LLM
+        group = connect()
+        os.chdir({str(tmp_path)!r} + f"/host{{group.rank}}")
+        LLM("model", group=group, nthreads=1)
+        """,
+    )
+    _assert_one_line(mpiexec(3, [script], check=False), "rank 1", "other model files", "copy the same files")
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_unexpected_exception(failing: int, tmp_path: Path) -> None:
+    """An exception on one rank, in the middle of a generation, ends the job and names rank and host."""
+    model = _model(tmp_path / "model")
+    script = _script(
+        tmp_path,
+        f"""
+        import time
+        from dllama_mpi import LLM, SamplingParams
+        from dllama_mpi.model.mlp import MLP
+        llm = LLM({str(model)!r}, nthreads=1)
+        llm.generate([1, 2, 3], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+        if llm.group.rank == {failing}:
+            def broken(*args):
+                open({str(tmp_path / "when")!r}, "w").write(repr(time.time()))
+                raise RuntimeError("a fault of the program")
+            MLP.__call__ = broken
+        llm.generate([1, 2, 3], SamplingParams(temperature=0, max_tokens=50, ignore_eos=True))
+        """,
+    )
+    done = mpiexec(3, [script], check=False)
+    ended = time.time()
+    assert done.returncode not in (0, 2)
+    assert f"rank {failing} on {socket.gethostname().split('.')[0]} failed" in done.stderr
+    assert "a fault of the program" in done.stderr
+    assert ended - float((tmp_path / "when").read_text()) < 5  # the promise; it takes about 0.1 s
+
+
+@pytest.mark.parametrize("variables", [{"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "0"},
+                                       {"SLURM_STEP_NUM_TASKS": "3", "SLURM_PROCID": "0"}])  # fmt: skip
+def test_singletons(variables: dict[str, str]) -> None:
+    """A launcher that does not fit the MPI library starts programs of one rank each: that is said."""
+    done = run([sys.executable, "-m", "dllama_mpi", "--prompt", "x"], env=variables)
+    _assert_one_line(done, "3 ranks", "each sees itself alone", "use ")
+
+
+def test_help_needs_no_mpi(tmp_path: Path) -> None:
+    (tmp_path / "mpi4py").mkdir()
+    (tmp_path / "mpi4py" / "__init__.py").write_text("raise ImportError('no MPI here')\n")
+    hidden = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    for args in (["--help"], ["chat", "--help"], ["--version"]):
+        done = run([sys.executable, "-m", "dllama_mpi", *args], env=hidden)
+        assert done.returncode == 0
+        assert "dllama_mpi" in done.stdout
+    _assert_one_line(run([sys.executable, "-m", "dllama_mpi", "--steps", "x"], env=hidden), "--steps")
+    alone = run([sys.executable, "-m", "dllama_mpi", "--prompt", "Return", "--steps", "3", "--nthreads", "1"], env=hidden)
+    assert alone.returncode == 0  # one process needs no MPI
+    launched = {**hidden, "PMI_SIZE": "2", "PMI_RANK": "0"}
+    _assert_one_line(run([sys.executable, "-m", "dllama_mpi", "--prompt", "x"], env=launched), "MPI cannot be loaded")

@@ -1,0 +1,401 @@
+"""Slow, obviously right numpy twins of every kernel, and of the whole forward pass.
+
+Nothing here shares code with the package but the layout's two numbers, 16 rows and 32 columns a tile. What the program
+computes in a fixed order is computed bit for bit the same (quantisation, payloads, matrix products); the rest in
+float64, rounded to float32 where the program stores it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
+
+ROWS, BLOCK = 16, 32
+TILE_BYTES = {"q40": 288, "q80": 544, "f16": 1024, "f32": 2048}
+F = np.float32
+
+# --------------------------------------------------------------------------------------------------------------------
+# Numbers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def fma(x: npt.ArrayLike, y: npt.ArrayLike, z: npt.ArrayLike) -> Floats:
+    """Return x * y + z of float32 values, rounded once.
+
+    The product is exact in float64; the sum is rounded to odd there, so that rounding it again to float32 is right.
+    """
+    product = np.asarray(x, np.float64) * np.asarray(y, np.float64)
+    z = np.broadcast_to(np.asarray(z, np.float64), product.shape)
+    total = product + z
+    back = total - product
+    error = (product - (total - back)) + (z - back)
+    inexact = (error != 0) & (total.view(np.int64) & 1 == 0)
+    toward = np.where(error > 0, np.inf, -np.inf)
+    return np.where(inexact, np.nextafter(total, toward), total).astype(np.float32)
+
+
+def half(values: npt.ArrayLike) -> npt.NDArray[np.float16]:
+    """Round to float16, beyond its range to infinity."""
+    with np.errstate(over="ignore"):
+        return np.asarray(values, np.float32).astype(np.float16)
+
+
+def reciprocal(values: Floats, numerator: float = 1.0) -> Floats:
+    """Return numerator / values as float32, 0 where a value is 0."""
+    with np.errstate(divide="ignore", over="ignore"):
+        return np.where(values == 0, F(0), F(numerator) / values).astype(np.float32)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Blocks of 32 weights, as ggml quantises them
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def q40_quantise(blocks: Floats) -> tuple[npt.NDArray[np.float16], Ints]:
+    """Quantise blocks (n, 32) as ggml's Q4_0; return scales (n,) and codes (n, 32) from 0 to 15."""
+    signed = blocks[np.arange(len(blocks)), np.abs(blocks).argmax(axis=1)]  # the first of the largest in size
+    scales = (signed / F(-8)).astype(np.float32)
+    codes = np.trunc(blocks * reciprocal(scales)[:, None] + F(8.5))
+    return half(scales), np.minimum(15, codes.astype(np.int64))
+
+
+def q40_dequantise(scales: npt.NDArray[np.float16], codes: Ints) -> Floats:
+    """Return the values (n, 32) of Q4_0 blocks."""
+    return scales.astype(np.float32)[:, None] * (codes - 8).astype(np.float32)
+
+
+def q80_quantise(blocks: Floats) -> tuple[npt.NDArray[np.float16], Ints]:
+    """Quantise blocks (n, 32) as ggml's Q8_0; return scales (n,) and codes (n, 32) from -127 to 127."""
+    scales = np.abs(blocks).max(axis=1) / F(127)
+    values = blocks * reciprocal(scales)[:, None]
+    return half(scales), np.trunc(values + np.copysign(F(0.5), values)).astype(np.int64)
+
+
+def q80_dequantise(scales: npt.NDArray[np.float16], codes: Ints) -> Floats:
+    """Return the values (n, 32) of Q8_0 blocks."""
+    return scales.astype(np.float32)[:, None] * codes.astype(np.float32)
+
+
+QUANTISE: dict[str, Callable[[Floats], tuple[npt.NDArray[np.float16], Ints]]] = {
+    "q40": q40_quantise,
+    "q80": q80_quantise,
+}
+DEQUANTISE = {"q40": q40_dequantise, "q80": q80_dequantise}
+
+
+def as_stored(matrix: Floats, fmt: str) -> Floats:
+    """Return what a matrix (rows, cols) becomes by being stored in a tile format, float32."""
+    if fmt in ("f16", "f32"):
+        return half(matrix).astype(np.float32) if fmt == "f16" else matrix
+    rows, cols = matrix.shape
+    blocks = padded(matrix, 1, BLOCK).reshape(-1, BLOCK)
+    return DEQUANTISE[fmt](*QUANTISE[fmt](blocks)).reshape(rows, -1)[:, :cols]
+
+
+def padded(matrix: Floats, rows: int, cols: int) -> Floats:
+    """Return a matrix with zeros added, so that its sizes are multiples of `rows` and `cols`."""
+    return np.pad(matrix, ((0, -matrix.shape[0] % rows), (0, -matrix.shape[1] % cols)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tiles
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def pack(matrix: Floats, fmt: str) -> Bytes:
+    """Return a matrix (rows, cols) as tiles (ceil(rows/16), ceil(cols/32), tile_bytes), byte by byte."""
+    whole = padded(matrix, ROWS, BLOCK)
+    tiles = np.zeros((len(whole) // ROWS, whole.shape[1] // BLOCK, TILE_BYTES[fmt]), np.uint8)
+    for i in range(tiles.shape[0]):
+        for j in range(tiles.shape[1]):
+            values = whole[i * ROWS : (i + 1) * ROWS, j * BLOCK : (j + 1) * BLOCK]
+            if fmt in QUANTISE:
+                _pack_codes(tiles[i, j], *QUANTISE[fmt](values), fmt)
+            else:  # column after column
+                stored = half(values) if fmt == "f16" else values
+                tiles[i, j] = np.frombuffer(stored.T.tobytes(), np.uint8)
+    return tiles
+
+
+def _pack_codes(tile: Bytes, scales: npt.NDArray[np.float16], codes: Ints, fmt: str) -> None:
+    tile[: 2 * ROWS] = np.frombuffer(scales.tobytes(), np.uint8)
+    for r in range(ROWS):
+        if fmt == "q40":
+            for j in range(4):
+                for c in range(4):
+                    low, high = codes[r, 4 * j + c], codes[r, 16 + 4 * j + c]
+                    tile[32 + 64 * j + 4 * r + c] = low + 16 * high
+        else:
+            for j in range(8):
+                for c in range(4):
+                    tile[32 + 64 * j + 4 * r + c] = codes[r, 4 * j + c] % 256
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Activations and matrix products
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def quantise_activations(x: Floats) -> tuple[Ints, Floats, Ints]:
+    """Quantise activations (tokens, cols) to Q80: codes like x, scales and -8 * sums of codes (tokens, cols/32)."""
+    blocks = x.reshape(len(x), -1, BLOCK)
+    largest = np.abs(blocks).max(axis=2)
+    codes = np.rint(blocks * reciprocal(largest, 127)[:, :, None]).astype(np.int64)
+    return codes.reshape(x.shape), largest * F(1 / 127), -8 * codes.sum(axis=2)
+
+
+def quantised_matmul(matrix: Floats, fmt: str, x: Floats) -> Floats:
+    """Return x @ matrix^T (tokens, rows) with the matrix in q40 or q80 and x (tokens, cols) in Q80.
+
+    Block after block: the dot product of the codes, exact, times the product of the scales, added to the sum so far.
+    """
+    whole = padded(matrix, 1, BLOCK)
+    scales, codes = QUANTISE[fmt](whole.reshape(-1, BLOCK))
+    scales, codes = scales.reshape(len(matrix), -1), codes.reshape(len(matrix), -1, BLOCK) - (8 if fmt == "q40" else 0)
+    x_codes, x_scales, _ = quantise_activations(padded(x, 1, BLOCK))
+    x_codes = x_codes.reshape(len(x), -1, BLOCK)
+    y = np.zeros((len(x), len(matrix)), np.float32)
+    for block in range(scales.shape[1]):
+        dots = (x_codes[:, block] @ codes[:, block].T).astype(np.float32)
+        scale = x_scales[:, block, None] * scales[:, block].astype(np.float32)
+        y = fma(dots, scale, y)
+    return y
+
+
+def float_matmul(matrix: Floats, fmt: str, x: Floats) -> Floats:
+    """Return x @ matrix^T (tokens, rows) with the matrix in f16 or f32, column after column."""
+    stored = as_stored(matrix, fmt)
+    y = np.zeros((len(x), len(matrix)), np.float32)
+    for col in range(stored.shape[1]):
+        y = fma(x[:, col, None], stored[:, col], y)
+    return y
+
+
+def matmul(matrix: Floats, fmt: str, x: Floats) -> Floats:
+    """Return x @ matrix^T (tokens, rows) as the program computes it with weights of a tile format."""
+    return quantised_matmul(matrix, fmt, x) if fmt in QUANTISE else float_matmul(matrix, fmt, x)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Between the matrix products
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis."""
+    exact = x.astype(np.float64)
+    exact /= np.sqrt((exact**2).mean(axis=-1, keepdims=True) + eps)
+    return (exact * weight).astype(np.float32)
+
+
+def silu_mul(gate: Floats, up: Floats) -> Floats:
+    """Return silu(gate) * up."""
+    g = gate.astype(np.float64)
+    with np.errstate(over="ignore"):
+        return (g / (1 + np.exp(-g)) * up).astype(np.float32)
+
+
+def rotate(heads: Floats, angles: Doubles, factor: float = 1.0) -> Floats:
+    """Rotate heads (tokens, n, head_dim) by angles (tokens, head_dim / 2): element i turns with i + head_dim / 2."""
+    cos, sin = factor * np.cos(angles)[:, None], factor * np.sin(angles)[:, None]
+    first, second = np.split(heads.astype(np.float64), 2, axis=2)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=2).astype(np.float32)
+
+
+def attention(q: Floats, k: Floats, v: Floats, positions: Ints, window: int) -> Floats:
+    """Return the attention (tokens, heads, head_dim) of one sequence.
+
+    q: (tokens, heads, head_dim); k, v: (kv_heads, positions, head_dim), each KV head read by heads / kv_heads query
+    heads in turn; positions: (tokens,); window: positions a token sees, itself included, or 0 for all before it.
+    """
+    tokens, heads, dim = q.shape
+    group = heads // len(k)
+    out = np.zeros((tokens, heads, dim), np.float32)
+    for t in range(tokens):
+        stop = int(positions[t]) + 1
+        start = max(0, stop - window) if window else 0
+        for h in range(heads):
+            keys, values = (a[h // group, start:stop].astype(np.float64) for a in (k, v))
+            scores = keys @ q[t, h].astype(np.float64) / math.sqrt(dim)
+            weights = np.exp(scores - scores.max())
+            out[t, h] = weights @ values / weights.sum()
+    return out
+
+
+def top_k(logits: Floats, k: int) -> tuple[list[int], list[float]]:
+    """Return the k largest logits' indices and values, best first, ties by lower index."""
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:k]
+    return order, [float(logits[i]) for i in order]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Payloads of an all-reduce
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def encode(x: Floats, payload: str) -> Bytes:
+    """Return values (blocks, 32) as a payload (blocks, 34, 64 or 128): Q80 with its float16 scale, f16 or f32."""
+    if payload != "q80":
+        stored = half(x) if payload == "f16" else x
+        return np.frombuffer(stored.tobytes(), np.uint8).reshape(len(x), -1)
+    scales = half(np.abs(x).max(axis=1) / F(127))  # rounded before the codes are found: they make up for it
+    codes = np.clip(np.rint(x * reciprocal(scales.astype(np.float32))[:, None]), -127, 127).astype(np.int8)
+    return np.concatenate([scales.view(np.uint8).reshape(-1, 2), codes.view(np.uint8)], axis=1)
+
+
+def decode(payload: Bytes) -> Floats:
+    """Return the values (blocks, 32) of a payload (blocks, 34, 64 or 128)."""
+    width = payload.shape[1]
+    if width == 34:
+        scales = np.ascontiguousarray(payload[:, :2]).view(np.float16).astype(np.float32)
+        return scales * payload[:, 2:].view(np.int8).astype(np.float32)
+    stored = np.ascontiguousarray(payload).view(np.float16 if width == 64 else np.float32)
+    return stored.astype(np.float32)
+
+
+def decode_sum(payloads: Bytes) -> Floats:
+    """Return the sum (blocks, 32) over ranks, in rank order, of payloads (ranks, blocks, bytes)."""
+    total = np.zeros((payloads.shape[1], BLOCK), np.float32)
+    for payload in payloads:
+        total = total + decode(payload)
+    return total
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The whole forward pass
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def read_tensors(folder: Path) -> dict[str, Floats]:
+    """Return every tensor of a model directory as float32."""
+    found: dict[str, Floats] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        for name, entry in json.loads(content[8 : 8 + size]).items():
+            if name == "__metadata__":
+                continue
+            start, stop = (8 + size + offset for offset in entry["data_offsets"])
+            kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[entry["dtype"]]
+            values = np.frombuffer(content[start:stop], kind).reshape(entry["shape"])
+            if entry["dtype"] == "BF16":
+                values = (values.astype(np.uint32) << 16).view(np.float32)
+            found[name] = values.astype(np.float32)
+    return found
+
+
+def rope_angles(config: dict[str, Any], dim: int, positions: Ints, length: int) -> tuple[Doubles, float]:
+    """Return the angles (tokens, dim / 2) of positions in a sequence of `length`, and what cos and sin are scaled by.
+
+    After transformers' modeling_rope_utils.
+    """
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    theta, factor = given.get("rope_theta", config.get("rope_theta", 10000.0)), given.get("factor", 1.0)
+    trained = given.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+    scale, exponents = 1.0, np.arange(0, dim, 2) / dim
+    if kind == "dynamic":
+        longest = max(length, config["max_position_embeddings"])
+        theta *= (factor * longest / config["max_position_embeddings"] - (factor - 1)) ** (dim / (dim - 2))
+    turns = float(theta) ** -exponents  # radians a position
+    if kind == "linear":
+        turns = turns / factor
+    elif kind == "llama3":
+        wavelengths = 2 * math.pi / turns
+        low, high = given["low_freq_factor"], given["high_freq_factor"]
+        kept = np.clip((trained / wavelengths - low) / (high - low), 0, 1)
+        turns = (1 - kept) * turns / factor + kept * turns
+    elif kind == "yarn":
+        turns, scale = _yarn(given, float(theta), turns, trained, dim)
+    return positions[:, None] * turns, scale
+
+
+def _yarn(given: dict[str, Any], theta: float, turns: Doubles, trained: int, dim: int) -> tuple[Doubles, float]:
+    factor = given["factor"]
+
+    def dimension(rotations: float) -> float:
+        return dim * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1
+
+    low, high = dimension(given.get("beta_fast", 32)), dimension(given.get("beta_slow", 1))
+    if given.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    slow = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+    scale = given.get("attention_factor")
+    if scale is None:
+        scale = mscale(1)
+        if given.get("mscale") and given.get("mscale_all_dim"):
+            scale = mscale(given["mscale"]) / mscale(given["mscale_all_dim"])
+    return slow * turns / factor + (1 - slow) * turns, float(scale)
+
+
+class Model:
+    """A dense decoder from a Hugging Face directory, computed token by token, head by head.
+
+    weights: "q40", "q80", "f16" or "f32"; activations are quantised to Q80 for the first two. The embedding, norms
+    and biases stay float32; keys and values are float16 unless the weights are f32.
+    """
+
+    def __init__(self, folder: Path, weights: str) -> None:
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        self.tensors, self.weights = read_tensors(folder), weights
+        c = self.config
+        self.heads = c["num_attention_heads"]
+        self.kv_heads = c.get("num_key_value_heads", self.heads)
+        self.dim = self.tensors["model.layers.0.self_attn.q_proj.weight"].shape[0] // self.heads
+
+    def logits(self, tokens: Ints) -> Floats:
+        """Return the logits (n, vocab) of one forward pass over n tokens."""
+        residual = self.tensors["model.embed_tokens.weight"][tokens]
+        for layer in range(self.config["num_hidden_layers"]):
+            prefix = f"model.layers.{layer}"
+            residual = residual + self._attention(self._norm(residual, f"{prefix}.input_layernorm"), layer)
+            residual = residual + self._mlp(self._norm(residual, f"{prefix}.post_attention_layernorm"), f"{prefix}.mlp")
+        head = "lm_head.weight" if "lm_head.weight" in self.tensors else "model.embed_tokens.weight"
+        return matmul(self.tensors[head], self.weights, self._norm(residual, "model.norm"))
+
+    def _norm(self, x: Floats, name: str) -> Floats:
+        return rms_norm(x, self.tensors[f"{name}.weight"], self.config["rms_norm_eps"])
+
+    def _linear(self, x: Floats, name: str) -> Floats:
+        y = matmul(self.tensors[f"{name}.weight"], self.weights, x)
+        return y + self.tensors[f"{name}.bias"] if f"{name}.bias" in self.tensors else y
+
+    def _mlp(self, x: Floats, name: str) -> Floats:
+        inner = silu_mul(self._linear(x, f"{name}.gate_proj"), self._linear(x, f"{name}.up_proj"))
+        return self._linear(inner, f"{name}.down_proj")
+
+    def _attention(self, x: Floats, layer: int) -> Floats:
+        n, name = len(x), f"model.layers.{layer}.self_attn"
+        positions = np.arange(n)
+        angles, factor = rope_angles(self.config, self.dim, positions, n)
+        q = self._linear(x, f"{name}.q_proj").reshape(n, self.heads, self.dim)
+        k, v = (self._linear(x, f"{name}.{part}_proj").reshape(n, self.kv_heads, self.dim) for part in "kv")
+        if f"{name}.q_norm.weight" in self.tensors:
+            q, k = self._norm(q, f"{name}.q_norm"), self._norm(k, f"{name}.k_norm")
+        q, k = rotate(q, angles, factor), rotate(k, angles, factor)
+        if self.weights != "f32":
+            k, v = half(k).astype(np.float32), half(v).astype(np.float32)
+        heads = attention(q, k.swapaxes(0, 1), v.swapaxes(0, 1), positions, self._window(layer))
+        return self._linear(heads.reshape(n, -1), f"{name}.o_proj")
+
+    def _window(self, layer: int) -> int:
+        c = self.config
+        window = c.get("sliding_window") or 0
+        if c["model_type"].startswith("qwen"):
+            return window if c.get("use_sliding_window") and layer >= c["max_window_layers"] else 0
+        return window if c["model_type"] == "mistral" else 0
