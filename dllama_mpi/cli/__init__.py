@@ -39,7 +39,7 @@ def parser() -> Parser:
     top = Parser(
         prog="dllama_mpi",
         description="Large language models on the computers you already have: tensor-parallel inference over MPI.",
-        epilog="Without a command, generate is meant: dllama_mpi --model DIR --prompt TEXT. Each command has its --help.",
+        epilog="Without a command, generate is meant: dllama_mpi --model DIR --prompt TEXT.",
         allow_abbrev=False,
     )
     top.add_argument("--version", action="version", version=f"dllama_mpi {__version__}")

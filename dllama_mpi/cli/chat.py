@@ -20,14 +20,17 @@ if TYPE_CHECKING:
     from ..engine.sequence import SamplingParams
     from ..text.chat_template import ChatTemplate
 
-HELP = "/reset forget the conversation   /stats figures of the last answer   /help this   /quit leave   Ctrl-C stop an answer"
+HELP = "/reset forget the conversation, /stats figures of the last answer, /quit leave, Ctrl-C stop an answer"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     parser.add_argument("--system", metavar="TEXT", help="system message")
-    parser.add_argument("--chat-template", metavar="NAME",
-                        help="llama2, llama3, deepseek3, chatml, mistral, zephyr, or a .jinja file (default: the model's)")  # fmt: skip
+    parser.add_argument(
+        "--chat-template",
+        metavar="NAME",
+        help="llama2, llama3, deepseek3, chatml, mistral, zephyr, or a .jinja file (default: the model's)",
+    )
     parser.add_argument("--stats", action="store_true", help="show figures after each answer on stderr")
     add_model_options(parser)
     add_sampling_options(parser)

@@ -31,6 +31,14 @@ def run(args: argparse.Namespace) -> int:
         folder = model_folder(args.source)
         config = ModelConfig.load(folder)
         source = Checkpoint(folder)
-    convert(source, Path(args.destination).expanduser(), FORMATS[args.weights], matrix_shapes(config),
-            vector_shapes(config), config.tie_word_embeddings, group, True)  # fmt: skip
+    convert(
+        source,
+        Path(args.destination).expanduser(),
+        FORMATS[args.weights],
+        matrix_shapes(config),
+        vector_shapes(config),
+        config.tie_word_embeddings,
+        group,
+        True,
+    )
     return 0

@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--prompt", metavar="TEXT", help="text to continue")
     group.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue; - for standard input")
-    parser.add_argument("--stats", action="store_true", help="show times and bytes for the prompt and each token on stderr")
+    parser.add_argument(
+        "--stats", action="store_true", help="show times and bytes for the prompt and each token on stderr"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     add_model_options(parser)
     add_sampling_options(parser)

@@ -87,8 +87,13 @@ def _memory(config: Any, fmt: Any, kv_type: str, positions: int, ranks: int) -> 
 
 
 def _text(report: dict[str, Any]) -> str:
-    lines = [f"{key.replace('_', ' '):<24} {value:,}" if isinstance(value, int) and not isinstance(value, bool)
-             else f"{key.replace('_', ' '):<24} {value}" for key, value in report.items() if key != "memory"]  # fmt: skip
+    lines = [
+        f"{key.replace('_', ' '):<24} {value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else f"{key.replace('_', ' '):<24} {value}"
+        for key, value in report.items()
+        if key != "memory"
+    ]
     names = ("weights_bytes", "kv_cache_bytes", "buffers_bytes", "total_bytes")
     rows = [[str(m["ranks"]), *(f"{m[name] / 1e6:,.1f}" for name in names)] for m in report["memory"]]
     head = ["ranks", "weights MB", "KV cache MB", "buffers MB", "total MB"]

@@ -26,9 +26,13 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {'a whole number' if kind is int else 'a number'}"
+            ) from None
         if not (low < value if above else low <= value) or not value <= high:
-            limit = f"{'above' if above else 'at least'} {low:g}" + ("" if high == float("inf") else f", at most {high:g}")
+            limit = f"{'above' if above else 'at least'} {low:g}" + (
+                "" if high == float("inf") else f", at most {high:g}"
+            )
             raise argparse.ArgumentTypeError(f"{text} is out of range: {limit}")
         return value
 
@@ -38,23 +42,47 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what `LLM` takes."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="DIR", default="demo",
-                       help="model directory as Hugging Face lays it out, or as convert writes it; 'demo' (the default)"
-                       " is the small model that comes with the program")  # fmt: skip
-    group.add_argument("--tokenizer", metavar="PATH", help="a tokenizer.json, or a folder with one (default: the model's)")
-    group.add_argument("--weights", choices=WEIGHTS,
-                       help="what weights are kept as (default: what a converted directory holds, else q40)")  # fmt: skip
-    group.add_argument("--max-seq-len", type=number(int, 1), metavar="N",
-                       help="positions of the context (default: the model's, or what fits in memory)")  # fmt: skip
-    group.add_argument("--kv-type", choices=("f16", "f32"), help="type of the KV cache (default: f16; f32 with f32 weights)")
+    group.add_argument(
+        "--model",
+        metavar="DIR",
+        default="demo",
+        help="model directory as Hugging Face lays it out, or as convert writes it; 'demo' (the default)"
+        " is the small model that comes with the program",
+    )
+    group.add_argument(
+        "--tokenizer", metavar="PATH", help="a tokenizer.json, or a folder with one (default: the model's)"
+    )
+    group.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="what weights are kept as (default: what a converted directory holds, else q40)",
+    )
+    group.add_argument(
+        "--max-seq-len",
+        type=number(int, 1),
+        metavar="N",
+        help="positions of the context (default: the model's, or what fits in memory)",
+    )
+    group.add_argument(
+        "--kv-type", choices=("f16", "f32"), help="type of the KV cache (default: f16; f32 with f32 weights)"
+    )
     group = parser.add_argument_group("cluster")
-    group.add_argument("--buffer-float-type", choices=("f32", "f16", "q80"), default="f32",
-                       help="what activations are sent as (default: f32)")  # fmt: skip
-    group.add_argument("--nthreads", type=number(int, 1), metavar="N",
-                       help="threads a rank (default: the cores it may use, divided by the ranks that share them)")  # fmt: skip
+    group.add_argument(
+        "--buffer-float-type",
+        choices=("f32", "f16", "q80"),
+        default="f32",
+        help="what activations are sent as (default: f32)",
+    )
+    group.add_argument(
+        "--nthreads",
+        type=number(int, 1),
+        metavar="N",
+        help="threads a rank (default: the cores it may use, divided by the ranks that share them)",
+    )
     group.add_argument("--split", metavar="A,B,...", help="the ranks' shares of the model, for unlike machines: 3,1,1")
-    group.add_argument("--prefill-chunk", type=number(int, 1), default=256, metavar="N",
-                       help="prompt tokens a step (default: 256)")  # fmt: skip
+    group.add_argument(
+        "--prefill-chunk", type=number(int, 1), default=256, metavar="N", help="prompt tokens a step (default: 256)"
+    )
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
@@ -62,19 +90,46 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling", "defaults: the model's generation_config.json, else those given here")
     group.add_argument("--steps", type=number(int, 0), metavar="N", help="most tokens to generate")
     group.add_argument("--temperature", type=number(float, 0, 100), metavar="T", help="0 for greedy (default: 0.8)")
-    group.add_argument("--topp", type=number(float, 0, 1, above=True), metavar="P",
-                       help="sample from the best tokens that together reach this probability (default: 0.9)")  # fmt: skip
-    group.add_argument("--topk", type=number(int, 0), metavar="K", help="sample from this many best tokens (default: 0, all)")
-    group.add_argument("--minp", type=number(float, 0, 1), metavar="P",
-                       help="leave out tokens less than this share as probable as the best (default: 0)")  # fmt: skip
-    group.add_argument("--repeat-penalty", type=number(float, 0, 100, above=True), default=1.0, metavar="X",
-                       help="divide the logits of tokens that occurred by this (default: 1, none)")  # fmt: skip
-    group.add_argument("--presence-penalty", type=number(float, -100, 100), default=0.0, metavar="X",
-                       help="subtract this from the logits of generated tokens (default: 0)")  # fmt: skip
-    group.add_argument("--frequency-penalty", type=number(float, -100, 100), default=0.0, metavar="X",
-                       help="subtract this for each time a token was generated (default: 0)")  # fmt: skip
+    group.add_argument(
+        "--topp",
+        type=number(float, 0, 1, above=True),
+        metavar="P",
+        help="sample from the best tokens that together reach this probability (default: 0.9)",
+    )
+    group.add_argument(
+        "--topk", type=number(int, 0), metavar="K", help="sample from this many best tokens (default: 0, all)"
+    )
+    group.add_argument(
+        "--minp",
+        type=number(float, 0, 1),
+        metavar="P",
+        help="leave out tokens less than this share as probable as the best (default: 0)",
+    )
+    group.add_argument(
+        "--repeat-penalty",
+        type=number(float, 0, 100, above=True),
+        default=1.0,
+        metavar="X",
+        help="divide the logits of tokens that occurred by this (default: 1, none)",
+    )
+    group.add_argument(
+        "--presence-penalty",
+        type=number(float, -100, 100),
+        default=0.0,
+        metavar="X",
+        help="subtract this from the logits of generated tokens (default: 0)",
+    )
+    group.add_argument(
+        "--frequency-penalty",
+        type=number(float, -100, 100),
+        default=0.0,
+        metavar="X",
+        help="subtract this for each time a token was generated (default: 0)",
+    )
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end at this text; may be repeated")
-    group.add_argument("--seed", type=number(int, 0), metavar="N", help="of the random numbers (default: differs each time)")
+    group.add_argument(
+        "--seed", type=number(int, 0), metavar="N", help="of the random numbers (default: differs each time)"
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on after the model's stop tokens")
 
 
@@ -82,7 +137,16 @@ def load(args: argparse.Namespace, group: TensorParallelGroup, max_batch: int = 
     """Build the model that the options describe."""
     from ..engine.llm import LLM
 
-    names = ("tokenizer", "weights", "max_seq_len", "kv_type", "buffer_float_type", "nthreads", "split", "prefill_chunk")
+    names = (
+        "tokenizer",
+        "weights",
+        "max_seq_len",
+        "kv_type",
+        "buffer_float_type",
+        "nthreads",
+        "split",
+        "prefill_chunk",
+    )
     options = {name: getattr(args, name) for name in names}
     return LLM(args.model, group=group, quiet=False, max_batch=max_batch, **options)
 

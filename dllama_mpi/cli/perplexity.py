@@ -16,10 +16,12 @@ from .options import add_model_options, load, number, read_text
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     parser.add_argument("--file", required=True, metavar="TEXT", help="the text; - for standard input")
-    parser.add_argument("--window", type=number(int, 2), metavar="N",
-                        help="tokens seen at once (default: the context, at most 2048)")  # fmt: skip
-    parser.add_argument("--stride", type=number(int, 1), metavar="N",
-                        help="tokens from one window to the next (default: half a window)")  # fmt: skip
+    parser.add_argument(
+        "--window", type=number(int, 2), metavar="N", help="tokens seen at once (default: the context, at most 2048)"
+    )
+    parser.add_argument(
+        "--stride", type=number(int, 1), metavar="N", help="tokens from one window to the next (default: half a window)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_options(parser)
 
@@ -69,9 +71,20 @@ def run(args: argparse.Namespace) -> int:
             total, count = total - float(new.sum()), count + len(new)
     result = math.exp(total / count)
     if args.json:
-        print(json.dumps({"perplexity": result, "tokens": count, "nats_per_token": total / count, "window": window,
-                          "stride": stride, "weights": llm.format.name, "buffer_float_type": args.buffer_float_type,
-                          "ranks": group.size}))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "perplexity": result,
+                    "tokens": count,
+                    "nats_per_token": total / count,
+                    "window": window,
+                    "stride": stride,
+                    "weights": llm.format.name,
+                    "buffer_float_type": args.buffer_float_type,
+                    "ranks": group.size,
+                }
+            )
+        )
     else:
         print(f"perplexity {result:.4f} over {count} tokens (window {window}, stride {stride})")
     return 0

@@ -91,7 +91,8 @@ class Engine:
         rows = np.zeros(len(targets), ROW)
         rows["target"] = targets
         parts = np.stack(self._order(Step(plan.batch, rows, Want.SCORES)))
-        return parts[:, :, 1].max(axis=0) - np.logaddexp.reduce(parts[:, :, 0], axis=0)
+        scores: np.ndarray = parts[:, :, 1].max(axis=0) - np.logaddexp.reduce(parts[:, :, 0], axis=0)
+        return scores
 
     def _order(self, step: Step) -> list[np.ndarray]:
         self.group.send_command(Command.STEP, step.to_bytes())

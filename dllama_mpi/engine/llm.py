@@ -155,7 +155,7 @@ class LLM:
         if wanted is None:
             cores = runtime.usable_cores()
             sharing = [other for other in everybody if other == (self.group.host, cores)]
-            wanted = max(1, len(cores) // len(sharing))
+            wanted = max(1, min(len(cores) // len(sharing), runtime.most_threads()))
         runtime.set_threads(wanted)
         return wanted
 
@@ -186,9 +186,7 @@ class LLM:
         if positions < wanted and self.group.is_root and not o.quiet:
             say(f"max-seq-len is {positions}: the model's {wanted} positions do not fit in memory")
         if o.max_seq_len and o.max_seq_len > c.max_position_embeddings and self.group.is_root and not o.quiet:
-            say(
-                f"max-seq-len {o.max_seq_len} is beyond the {c.max_position_embeddings} positions the model was made for"
-            )
+            say(f"max-seq-len {o.max_seq_len} is beyond the model's {c.max_position_embeddings} positions")
         return positions
 
     @property
@@ -263,7 +261,8 @@ class LLM:
             )
         if len(ids) > self.max_seq_len:
             raise RequestError(
-                f"the prompt has {len(ids)} tokens; the context holds {self.max_seq_len}; shorten it or raise --max-seq-len"
+                f"the prompt has {len(ids)} tokens; the context holds {self.max_seq_len};"
+                " shorten it or raise --max-seq-len"
             )
         return ids
 
@@ -286,7 +285,9 @@ class LLM:
         return frozenset(declared_stop_ids(self.folder))
 
     @overload
-    def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Generation | None: ...
+    def generate(  # type: ignore[overload-overlap]  # a prompt of text is a sequence of texts, too
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Generation | None: ...
     @overload
     def generate(self, prompt: Sequence[Prompt], params: SamplingParams | None = None) -> list[Generation] | None: ...
     def generate(self, prompt: Any, params: SamplingParams | None = None) -> Any:

@@ -9,8 +9,6 @@ import numpy as np
 
 from ..model.batch import Batch
 
-GREEDY_K = 1
-
 
 class Command(IntEnum):
     """What the root can ask of the workers."""
@@ -31,7 +29,7 @@ class Want(IntEnum):
 
 
 # One wanted row: how its logits are prepared, on every rank alike.
-# k: candidates wanted; temperature: of the log-sum-exp; prompt: length of the sequence's prompt; target: token to score.
+# k: candidates wanted; temperature: of the log-sum-exp; prompt: the prompt's length; target: token to score.
 ROW = np.dtype(
     [("k", "<i4"), ("prompt", "<i4"), ("target", "<i4"), ("temperature", "<f4"), ("repeat", "<f4"), ("presence", "<f4"),
      ("frequency", "<f4")]

@@ -7,7 +7,6 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from .layout import BLOCK, ROWS
-from . import runtime  # noqa: F401  (sets Numba up before kernels are defined)
 from .simd import F16, F32, bf16_to_f32, narrow, widen
 
 BF16_BITS, PLAIN = 1, 0

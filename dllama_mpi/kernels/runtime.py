@@ -71,7 +71,7 @@ def _cache_folder(isa: str) -> str:
 
 
 ISA = choose_isa()
-config.CACHE_DIR = _cache_folder(ISA)
+config.CACHE_DIR = _cache_folder(ISA)  # type: ignore[attr-defined]
 
 
 def usable_cores() -> list[int]:
@@ -81,13 +81,18 @@ def usable_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+def most_threads() -> int:
+    """Return the most threads that kernels can use in this process."""
+    return int(config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+
 def set_threads(count: int) -> None:
     """Set how many threads kernels use in this process.
 
     Raises:
         UsageError: fewer than one, or more than the processors this process may run on.
     """
-    limit = int(config.NUMBA_NUM_THREADS)
+    limit = most_threads()
     if not 1 <= count <= limit:
         raise UsageError(
             f"--nthreads {count}: this rank may use {limit} cores; give 1 to {limit}"

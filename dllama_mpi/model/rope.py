@@ -158,4 +158,5 @@ def _yarn_frequencies(c: RopeConfig, plain: np.ndarray) -> np.ndarray:
     if low == high:
         high += 0.001
     ramp = np.clip((np.arange(c.head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
-    return (plain / c.factor * ramp + plain * (1 - ramp)).astype(np.float32)
+    frequencies: np.ndarray = plain / c.factor * ramp + plain * (1 - ramp)
+    return frequencies.astype(np.float32)

@@ -116,7 +116,8 @@ class Transformer:
         angles = self.rope(batch.positions, batch.lengths)
         for layer in self.layers:
             layer(residual, batch, angles, self.context)
-        return residual[batch.logit_rows]
+        rows: np.ndarray = residual[batch.logit_rows]
+        return rows
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Return the rank's logits (rows, its part of the vocabulary) float32 of up to 64 hidden states."""

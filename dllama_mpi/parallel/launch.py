@@ -57,7 +57,7 @@ def world() -> Any | None:
             return None
         reason = str(error).splitlines()[0]
         raise ClusterError(
-            f"{found[1]} ranks were started by {found[0]}, but MPI cannot be loaded ({reason}); pip install mpi4py mpich"
+            f"{found[0]} started {found[1]} ranks, but MPI cannot be loaded ({reason}); pip install mpi4py mpich"
         ) from None
     comm = MPI.COMM_WORLD
     if comm.size == 1 and found is not None and found[1] > 1:

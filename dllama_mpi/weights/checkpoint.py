@@ -123,7 +123,7 @@ class Checkpoint:
         if path not in self._maps:
             self._maps[path] = np.memmap(path, np.uint8, mode="c")
         start, stop = entry["data_offsets"]
-        data = np.frombuffer(self._maps[path][base + start : base + stop].data, _DTYPES[dtype])  # type: ignore[arg-type]
+        data = np.frombuffer(self._maps[path][base + start : base + stop].data, _DTYPES[dtype])
         return Tensor(name, dtype, data.reshape(entry["shape"]))
 
     def fingerprint(self) -> str:

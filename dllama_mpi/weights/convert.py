@@ -102,10 +102,9 @@ def convert(
             if group.is_root:
                 partial.finish(source.folder, files)
     except BaseException as error:
-        # What all ranks agreed on finds none of them writing; after anything else this rank may be the only one
-        # that is left to tidy up.
-        if group.is_root or not getattr(error, "agreed", False):
-            partial.remove()
+        agreed = getattr(error, "agreed", False)  # then no rank writes any more
+        if group.is_root or not agreed:
+            partial.remove(whole=agreed or group.size == 1)
         raise
 
 
@@ -450,18 +449,24 @@ class _Partial:
             out.write(content)
             _sync(out)
 
-    def remove(self) -> None:
-        """Remove the folder if it is this run's, as far as the file system lets it."""
+    def remove(self, whole: bool) -> None:
+        """Remove this run's files as far as the file system lets it, and with `whole` the folder.
+
+        Without, the folder stays with its marker for the next run to remove: other ranks may still put files there.
+        """
         if self._is_ours():
             with contextlib.suppress(OSError):
-                self._delete()
+                self._delete(whole)
         self._unlock()
 
-    def _delete(self) -> None:
-        """Remove the folder's files, the marker last, and the folder."""
-        for path in sorted(self.path.iterdir(), key=lambda path: path.name == _MARKER):
-            path.unlink()
-        self.path.rmdir()
+    def _delete(self, whole: bool = True) -> None:
+        """Remove the folder's files and, with `whole`, the marker and the folder."""
+        for path in self.path.iterdir():
+            if path != self.marker:
+                path.unlink(missing_ok=True)
+        if whole:
+            self.marker.unlink(missing_ok=True)
+            self.path.rmdir()
 
     def _unlock(self) -> None:
         if self._lock is not None:

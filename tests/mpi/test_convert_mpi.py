@@ -106,5 +106,6 @@ def test_fault_of_one_rank_ends_the_job_and_leaves_nothing_whole(tmp_path: Path)
     assert "rank 1 on " in ended.stderr
     assert not (tmp_path / "new").exists()
     assert not (tmp_path / "new.partial" / "config.json").exists()
+    assert (tmp_path / "new.partial" / ".converting").is_file()  # so that the next run may remove it
     mpiexec(2, ["-c", SCRIPT, str(source), str(tmp_path / "new"), ""])
     assert not (tmp_path / "new.partial").exists()

@@ -184,7 +184,9 @@ def test_help_needs_no_mpi(tmp_path: Path) -> None:
         assert done.returncode == 0
         assert "dllama_mpi" in done.stdout
     _assert_one_line(run([sys.executable, "-m", "dllama_mpi", "--steps", "x"], env=hidden), "--steps")
-    alone = run([sys.executable, "-m", "dllama_mpi", "--prompt", "Return", "--steps", "3", "--nthreads", "1"], env=hidden)
+    alone = run(
+        [sys.executable, "-m", "dllama_mpi", "--prompt", "Return", "--steps", "3", "--nthreads", "1"], env=hidden
+    )
     assert alone.returncode == 0  # one process needs no MPI
     launched = {**hidden, "PMI_SIZE": "2", "PMI_RANK": "0"}
     _assert_one_line(run([sys.executable, "-m", "dllama_mpi", "--prompt", "x"], env=launched), "MPI cannot be loaded")

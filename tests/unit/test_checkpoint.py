@@ -194,7 +194,17 @@ def test_a_header_of_impossible_length(length: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "index",
-    ["", "{", "[]", "null", "7", "{}", '{"weight_map": []}', '{"weight_map": {"w": ["a"]}}', '{"weight_map": {"w": 5}}'],
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "7",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"w": ["a"]}}',
+        '{"weight_map": {"w": 5}}',
+    ],
 )
 def test_an_index_that_is_none(index: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(index)

@@ -160,7 +160,10 @@ def test_yarn_without_a_factor_takes_it_from_the_positions() -> None:
         ({"model_type": "llama", "sliding_window": 16}, (0, 0, 0)),
         ({"model_type": "qwen2", "sliding_window": 16}, (0, 0, 0)),
         ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": True}, (0, 0, 0)),
-        ({"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, (0, 16, 16)),
+        (
+            {"model_type": "qwen2", "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1},
+            (0, 16, 16),
+        ),
         ({"model_type": "qwen3", "sliding_window": 16, "use_sliding_window": True, "max_window_layers": 0}, (16,) * 3),
         (
             {
@@ -174,16 +177,17 @@ def test_yarn_without_a_factor_takes_it_from_the_positions() -> None:
     ],
 )
 def test_windows(changes: dict[str, Any], windows: tuple[int, ...]) -> None:
-    assert ModelConfig.from_hf(config(**changes)).windows == windows
+    assert ModelConfig.from_hf(config(num_key_value_heads=4, **changes)).windows == windows
 
 
 def test_a_null_window_of_mistral_is_none() -> None:
-    assert ModelConfig.from_hf(LEAST | {"model_type": "mistral", "sliding_window": None}).windows == (0, 0, 0)
+    given = config(model_type="mistral", num_key_value_heads=4) | {"sliding_window": None}
+    assert ModelConfig.from_hf(given).windows == (0, 0, 0)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
 def test_attention_bias(model_type: str) -> None:
-    c = ModelConfig.from_hf(config(model_type=model_type, attention_bias=True))
+    c = ModelConfig.from_hf(config(model_type=model_type, num_key_value_heads=4, attention_bias=True))
     assert (c.qkv_bias, c.o_bias, c.mlp_bias) == (True, True, False)
 
 
@@ -226,7 +230,12 @@ def test_a_size_that_cannot_be(key: str, value: Any) -> None:
             "weights quantised by 'gptq' cannot be read; use the BF16, F16 or F32 model",
         ),
         (
-            {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["sliding_attention"]},
+            {
+                "model_type": "qwen3",
+                "num_key_value_heads": 4,
+                "use_sliding_window": True,
+                "layer_types": ["sliding_attention"],
+            },
             "layer_types has 1 entries for 3 layers",
         ),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 3}, "layer_types is not supported for mistral"),

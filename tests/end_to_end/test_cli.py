@@ -1,0 +1,194 @@
+"""The commands as a person uses them, with the demo model, on real ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.mpi.launch import ROOT, environment, launcher, launcher_options, mpiexec, run
+
+HELDOUT = "dllama_mpi/demo/heldout.txt"
+GREEDY = ["-m", "dllama_mpi", "--prompt", "Return the", "--steps", "40", "--temperature", "0"]
+
+
+def test_greedy_text_is_the_same_at_any_rank_count() -> None:
+    texts = {ranks: mpiexec(ranks, GREEDY).stdout for ranks in (1, 2, 3, 4, 8)}
+    assert len(texts[1]) > 60
+    assert set(texts.values()) == {texts[1]}, texts
+
+
+def test_uneven_split_and_formats_give_the_same_text() -> None:
+    for options in (["--weights", "f32"], ["--weights", "q80"]):
+        whole = mpiexec(1, [*GREEDY, *options]).stdout
+        assert mpiexec(3, [*GREEDY, *options, "--split", "3,1,1"]).stdout == whole
+        assert mpiexec(2, [*GREEDY, *options, "--prefill-chunk", "1"]).stdout == whole
+
+
+def test_same_seed_same_text() -> None:
+    options = ["--temperature", "1.2", "--topp", "1", "--topk", "0"]
+    sampled = ["-m", "dllama_mpi", "--prompt", "Return the", "--steps", "30", *options]
+    first, second, other = (mpiexec(2, [*sampled, "--seed", seed]).stdout for seed in ("7", "7", "8"))
+    assert first == second
+    assert first != other
+
+
+def test_json_and_stats() -> None:
+    done = mpiexec(2, [*GREEDY, "--json", "--stats"])
+    report = json.loads(done.stdout)
+    assert report["ranks"] == 2
+    assert report["finish_reason"] == "length"
+    assert len(report["token_ids"]) == 40
+    stats = report["stats"]
+    assert stats["output_tokens"] == 40
+    assert stats["decode"]["steps"] == 39  # the last token is not fed
+    assert stats["decode"]["tokens_per_second"] > 0
+    assert stats["time_to_first_token_seconds"] > 0
+    assert stats["decode"]["sent_kb"] > 0
+    assert stats["slowest_rank"] in (0, 1)
+    assert len(stats["ranks"]) == 2
+    lines = done.stderr.splitlines()
+    assert sum(line.strip().startswith("token") for line in lines) == 39
+    assert any(line.strip().startswith("prompt x") for line in lines)
+    assert any("tokens/s" in line for line in lines)
+    assert mpiexec(1, GREEDY).stdout.rstrip("\n") == report["text"]
+
+
+def test_stop_string_and_prompt_file(tmp_path: Path) -> None:
+    whole = mpiexec(1, GREEDY).stdout
+    stop = whole.split()[4]
+    (tmp_path / "prompt").write_text("Return the")
+    args = ["-m", "dllama_mpi", "--prompt-file", str(tmp_path / "prompt"), *GREEDY[4:], "--stop", stop]
+    cut = mpiexec(2, args).stdout
+    assert cut.rstrip("\n") == whole[: whole.index(stop)].rstrip("\n")
+    piped = mpiexec(2, ["-m", "dllama_mpi", "--prompt-file", "-", *GREEDY[4:]], stdin="Return the")
+    assert piped.stdout == whole
+
+
+@pytest.mark.parametrize("payload", ["f16", "q80"])
+def test_buffer_types_run(payload: str) -> None:
+    """Sent as fewer bits, and fewer bytes."""
+    plain = json.loads(mpiexec(3, [*GREEDY, "--json"]).stdout)
+    sent = json.loads(mpiexec(3, [*GREEDY, "--json", "--buffer-float-type", payload]).stdout)
+    assert len(sent["token_ids"]) == 40
+    assert sent["stats"]["decode"]["sent_kb"] < 0.75 * plain["stats"]["decode"]["sent_kb"]
+
+
+def _perplexity(ranks: int, *options: str) -> float:
+    done = mpiexec(ranks, ["-m", "dllama_mpi", "perplexity", "--file", HELDOUT, "--json", *options], 300)
+    return float(json.loads(done.stdout)["perplexity"])
+
+
+def test_perplexity_by_weights() -> None:
+    """Quantising costs little: q80 within 0.5 %, q40 within 5 % of f32; ranks and converting cost nothing."""
+    plain = _perplexity(1, "--weights", "f32")
+    assert 2 < plain < 60
+    assert _perplexity(2, "--weights", "f32") == pytest.approx(plain, rel=1e-4)
+    assert _perplexity(2, "--weights", "f16") == pytest.approx(plain, rel=1e-3)
+    assert _perplexity(2, "--weights", "q80") == pytest.approx(plain, rel=5e-3)
+    assert _perplexity(2, "--weights", "q40") == pytest.approx(plain, rel=5e-2)
+    assert _perplexity(2, "--weights", "f32", "--buffer-float-type", "q80") == pytest.approx(plain, rel=1e-2)
+
+
+def test_convert_then_run(tmp_path: Path) -> None:
+    target = tmp_path / "demo-q40"
+    done = mpiexec(2, ["-m", "dllama_mpi", "convert", "demo", str(target), "--weights", "q40"])
+    assert done.stdout == ""
+    assert mpiexec(3, [*GREEDY, "--model", str(target)]).stdout == mpiexec(1, GREEDY).stdout
+    again = mpiexec(2, ["-m", "dllama_mpi", "convert", "demo", str(target)], check=False)
+    assert again.returncode == 2
+    assert "not empty" in again.stderr
+
+
+def test_info() -> None:
+    text = run([sys.executable, "-m", "dllama_mpi", "info"]).stdout
+    assert "memory of the largest rank" in text
+    report = json.loads(run([sys.executable, "-m", "dllama_mpi", "info", "--json", "--weights", "q80"]).stdout)
+    assert [m["ranks"] for m in report["memory"]] == list(range(1, 9))
+    assert report["parameters"] == pytest.approx(3.5e6, rel=0.15)
+    sizes = [m["weights_bytes"] for m in report["memory"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert report["instruction_set"]
+    assert mpiexec(2, ["-m", "dllama_mpi", "info", "--json"]).stdout.count("\n") == 1
+
+
+def test_example_script() -> None:
+    done = mpiexec(2, ["examples/generate.py"])
+    assert "logits (3, " in done.stdout
+    assert done.stderr == ""
+
+
+def test_chat_through_a_pipe() -> None:
+    lines = "What is a list?\n/stats\n/nonsense\n/reset\nAnd a tuple?\n/quit\nnever read\n"
+    args = ["-m", "dllama_mpi", "chat", "--temperature", "0", "--steps", "12", "--ignore-eos", "--system", "Be brief."]
+    done = mpiexec(2, args, stdin=lines)
+    assert len(done.stdout) > 40
+    assert done.stderr.count("> ") == 6
+    assert "tokens/s" in done.stderr
+    assert "unknown command /nonsense" in done.stderr
+    # A long conversation meets the end of the context: one message is refused, the program lives on.
+    long = mpiexec(2, args, stdin="word " * 700 + "\n/reset\nhello\n")
+    assert "--max-seq-len" in long.stderr
+    assert len(long.stdout) > 20
+
+
+class Typist:
+    """A program on a pseudo-terminal, and what it wrote so far."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            os.chdir(ROOT)
+            os.execvpe(command[0], command, environment())
+        self.seen = ""
+
+    def until(self, text: str, timeout: float = 60) -> str:
+        """Read until `text` appears after what was read before; return what came."""
+        end, came = time.monotonic() + timeout, ""
+        while text not in came:
+            assert time.monotonic() < end, f"no {text!r} in {came!r}"
+            if select.select([self.fd], [], [], 0.1)[0]:
+                came += os.read(self.fd, 4096).decode(errors="replace")
+        self.seen += came
+        return came
+
+    def type(self, text: str) -> None:
+        os.write(self.fd, text.encode())
+
+    def status(self, timeout: float = 20) -> int:
+        end = time.monotonic() + timeout
+        while time.monotonic() < end:
+            if select.select([self.fd], [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):  # the other side is closed
+                    self.seen += os.read(self.fd, 4096).decode(errors="replace")
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+        os.kill(self.pid, signal.SIGKILL)
+        raise AssertionError(f"still running: {self.seen!r}")
+
+
+@pytest.mark.parametrize("ranks", [0, 2])  # 0: without mpiexec
+def test_ctrl_c_ends_an_answer_not_the_chat(ranks: int) -> None:
+    program = [sys.executable, "-m", "dllama_mpi", "chat", "--seed", "1", "--ignore-eos", "--max-seq-len", "100000"]
+    start = [launcher(), *launcher_options(), "-n", str(ranks)] if ranks else []
+    typist = Typist([*start, *program])
+    typist.until("> ")
+    for _ in range(3):  # mpiexec itself would end the job at the second
+        typist.type("tell me a story\n")
+        typist.until("\n")
+        time.sleep(0.5)  # an answer of 100,000 tokens is under way
+        typist.type("\x03")
+        typist.until("> ")
+    typist.type("\x03")
+    typist.until("/quit leaves")
+    typist.type("/quit\n")
+    assert typist.status() == 0
