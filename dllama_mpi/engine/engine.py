@@ -53,6 +53,7 @@ class Engine:
             row["temperature"], row["repeat"] = p.temperature, p.repeat_penalty
             row["presence"], row["frequency"] = p.presence_penalty, p.frequency_penalty
         answers = self._order(Step(plan.batch, rows, Want.CANDIDATES))
+        plan.commit()
         chosen = [(s, self._choose(s, c, i, stats)) for i, (s, c) in enumerate(self._merged(plan, answers))]
         step = StepStats(
             tokens=plan.batch.tokens,

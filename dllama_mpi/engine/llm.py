@@ -22,7 +22,8 @@ from ..model.batch import Batch
 from ..model.config import ModelConfig
 from ..model.context import Context
 from ..model.kv_cache import KV_TYPES
-from ..model.names import check_files
+from ..model.names import check_files, matrix_shapes, vector_shapes
+from ..model.shapes import shape_config
 from ..model.size import buffer_bytes, cache_bytes, weight_bytes
 from ..model.transformer import Transformer
 from ..parallel.allreduce import PAYLOADS
@@ -31,6 +32,7 @@ from ..parallel.partition import parse_split, shards
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
 from ..weights.checkpoint import Checkpoint
+from ..weights.random import RandomCheckpoint
 from .engine import Engine
 from .memory import Need, available_bytes, fitting_positions
 from .runner import Runner
@@ -41,6 +43,7 @@ from .stats import Stats
 from .step import Command
 from .worker import serve
 
+RANDOM = "random:"  # before a shape's name: its weights are random, and on no disk
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 Prompt = str | Sequence[int]
 
@@ -50,7 +53,8 @@ class Options:
     """How a model is loaded and run; the root's values count on every rank.
 
     Attributes:
-        model: a model directory, or "demo" for the one that comes with the package.
+        model: a model directory, "demo" for the one that comes with the package, or "random:SHAPE" for random
+            weights of a shape in `model.shapes`.
         weights: "q40", "q80", "f16" or "f32"; None: what a converted directory holds, else q40.
         buffer_float_type: what activations are sent as: "f32", "f16" or "q80".
         nthreads: threads a rank; None: the cores it may use, divided by the ranks that share them.
@@ -123,10 +127,7 @@ class LLM:
         cores = self.group.allgather((self.group.host, runtime.usable_cores()))
         with self.group.together():
             o.check()
-            self.folder = model_folder(o.model)
-            self.config = ModelConfig.load(self.folder)
-            source = Checkpoint(self.folder)
-            check_files(source, self.config)
+            self.folder, self.config, source = open_model(o.model)
             self.format = FORMATS[o.weights or source.format_name or "q40"]
             c = self.config
             parts = shards(
@@ -364,6 +365,26 @@ class LLM:
 def model_folder(model: str) -> Path:
     """Return the directory of a model given by path, or of the bundled one for "demo"."""
     return DEMO if model == "demo" and not Path(model).is_dir() else Path(model).expanduser()
+
+
+def open_model(model: str) -> tuple[Path, ModelConfig, Checkpoint]:
+    """Return the folder, config and weights of a model given by path, "demo" or "random:SHAPE".
+
+    A random one, of a shape in `SHAPES`, has no folder, no tokenizer and no files.
+
+    Raises:
+        UsageError: no such shape. ModelError: files that are missing, damaged or do not fit the config.
+    """
+    if model.startswith(RANDOM):
+        config = ModelConfig.from_hf(shape_config(model.removeprefix(RANDOM)), model)
+        matrices, table = matrix_shapes(config), (config.vocab_size, config.hidden_size)
+        if config.tie_word_embeddings:
+            del matrices["lm_head.weight"]
+        return Path(model), config, RandomCheckpoint(model, matrices, vector_shapes(config), table)
+    folder = model_folder(model)
+    config, source = ModelConfig.load(folder), Checkpoint(folder)
+    check_files(source, config)
+    return folder, config, source
 
 
 def declared_stop_ids(folder: Path) -> list[int]:

@@ -13,11 +13,21 @@ from .sequence import Sequence
 
 @dataclass(frozen=True)
 class Plan:
-    """A step's batch, the sequences whose logits it wants (one a logit row), and whether it feeds prompts."""
+    """A step's batch, the sequences whose logits it wants (one a logit row), and whether it feeds prompts.
+
+    Attributes:
+        fed: how many tokens of which sequence the batch holds.
+    """
 
     batch: Batch
     sequences: list[Sequence]
     is_prefill: bool
+    fed: tuple[tuple[Sequence, int], ...] = ()
+
+    def commit(self) -> None:
+        """Count the batch's tokens as computed, once the step has been carried out."""
+        for sequence, count in self.fed:
+            sequence.computed += count
 
 
 class Scheduler:
@@ -82,6 +92,7 @@ class Scheduler:
         columns: list[list[int]] = [[], [], [], []]
         rows: list[int] = []
         wanted: list[Sequence] = []
+        fed: list[tuple[Sequence, int]] = []
         for sequence in self._running:
             left = len(sequence.tokens) - sequence.computed
             prompt = sequence.computed < sequence.prompt_length
@@ -95,12 +106,12 @@ class Scheduler:
             columns[1] += positions
             columns[2] += [sequence.slot] * count
             columns[3] += [max(sequence.prompt_length, p + 1) for p in positions]
-            sequence.computed += count
-            if sequence.computed == len(sequence.tokens):
+            fed.append((sequence, count))
+            if count == left:
                 rows.append(len(columns[0]) - 1)
                 wanted.append(sequence)
         ids, where, slots, lengths = (np.array(c, np.int32) for c in columns)
-        return Plan(Batch(ids, where, slots, lengths, np.array(rows, np.int32)), wanted, is_prefill)
+        return Plan(Batch(ids, where, slots, lengths, np.array(rows, np.int32)), wanted, is_prefill, tuple(fed))
 
 
 def _common(first: list[int], second: list[int]) -> int:

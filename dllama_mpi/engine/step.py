@@ -31,7 +31,7 @@ class Want(IntEnum):
 # One wanted row: how its logits are prepared, on every rank alike.
 # k: candidates wanted; temperature: of the log-sum-exp; prompt: the prompt's length; target: token to score.
 ROW = np.dtype(
-    [("k", "<i4"), ("prompt", "<i4"), ("target", "<i4"), ("temperature", "<f4"), ("repeat", "<f4"), ("presence", "<f4"),
+    [("k", "<i4"), ("prompt", "<i4"), ("target", "<i4"), ("temperature", "<f8"), ("repeat", "<f4"), ("presence", "<f4"),
      ("frequency", "<f4")]
 )  # fmt: skip
 

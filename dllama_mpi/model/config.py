@@ -71,18 +71,21 @@ class ModelConfig:
             ModelError: an unknown architecture, a missing key, or a value that cannot be.
         """
         kind = config.get("model_type")
-        if kind not in ARCHITECTURES:
+        if not isinstance(kind, str) or kind not in ARCHITECTURES:
             known = ", ".join(sorted(ARCHITECTURES))
             raise ModelError(f"{where}: model_type {kind!r} is not supported; supported are {known}")
-        if "quantization_config" in config:
-            method = config["quantization_config"].get("quant_method", "?")
+        quantised = config.get("quantization_config")
+        if quantised is not None:
+            method = quantised.get("quant_method", "?") if isinstance(quantised, Mapping) else quantised
             raise ModelError(f"{where}: weights quantised by {method!r} cannot be read; use the BF16, F16 or F32 model")
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
             raise ModelError(f"{where}: hidden_act {config['hidden_act']!r} is not supported; supported is silu")
         config = {**_DEFAULTS.get(kind, {}), **config}
         try:
             made = _common(config, where, **ARCHITECTURES[kind](config))
-        except (KeyError, TypeError, ValueError) as error:
+        except ZeroDivisionError:
+            raise ModelError(f"{where}: num_attention_heads is 0; it must be at least 1") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
             raise ModelError(f"{where}: {what}") from None
         _check(made, where)

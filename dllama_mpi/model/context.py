@@ -58,6 +58,7 @@ class Context:
         self.qkv = aligned_empty((tokens, qkv), np.float32)
         self.up = aligned_empty((tokens, ceil_to(inner, BLOCK)), np.float32)
         self.partial = aligned_empty((tokens, hidden), np.float32)
-        self.partial[:] = 0
+        for array in (self.qkv, self.up, self.partial):
+            array[:] = 0  # padding that no product writes takes part in sums
         kv_heads = self.shard.kv_heads[1] - self.shard.kv_heads[0]
         self.cache = KVCache(config.num_layers, slots, kv_heads, positions, config.head_dim, kv_type)

@@ -44,12 +44,16 @@ class RopeConfig:
             ModelError: an unknown kind of scaling, or one of its parameters missing.
         """
         given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if not isinstance(given, Mapping):
+            raise ModelError(f"{where}: rope scaling {given!r} is not an object; it needs rope_type and its parameters")
         kind = given.get("rope_type", given.get("type", "default"))
         theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
         if kind not in KINDS:
             raise ModelError(f"{where}: rope type {kind!r} is not supported; supported are {', '.join(KINDS)}")
         if given.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
             raise ModelError(f"{where}: partial_rotary_factor is not supported; only whole heads are rotated")
+        if not float(theta) > 0:
+            raise ModelError(f"{where}: rope_theta is {theta}; it must be above 0")
         original = config.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
         factor = given.get("factor")
         if kind == "yarn" and factor is None and original:

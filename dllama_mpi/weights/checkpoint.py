@@ -18,6 +18,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
+from ..kernels.layout import TileFormat
 
 _DTYPES = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16, "U8": np.uint8}
 TILES_KEY = "dllama_mpi.weights"  # in a file's metadata: the tile format of its matrices
@@ -46,6 +47,10 @@ class Tensor:
         """Return rows (and columns) of values as float32, a copy."""
         part = self.data[start:stop] if cols is None else self.data[start:stop, cols[0] : cols[1]]
         return as_float32(part, self.dtype)
+
+    def make_tiles(self, rows: tuple[int, int], cols: tuple[int, int], fmt: TileFormat) -> np.ndarray | None:
+        """Return rows and columns as tiles of a format if the tensor makes them itself; None: they are to be read."""
+        return None
 
 
 def as_float32(data: np.ndarray, dtype: str) -> np.ndarray:
@@ -138,6 +143,8 @@ def _files(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
             raise ModelError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from None
+        if not all(isinstance(name, str) for name in names):
+            raise ModelError(f"{index}: not a safetensors index (weight_map names {names[0]!r}, not a file)")
         return [folder / name for name in names]
     if single.is_file():
         return [single]

@@ -15,6 +15,7 @@ from dllama_mpi.engine.sequence import SamplingParams
 from dllama_mpi.engine.step import Step
 from dllama_mpi.errors import DllamaError, RequestError, UsageError
 from dllama_mpi.parallel.group import TensorParallelGroup
+from dllama_mpi.weights.tiles import aligned_empty
 from tests import naive
 from tests.naive import Floats
 from tests.tiny_models import CASES, GREEDY_TOKENS, Case, load_reference, write_model
@@ -107,17 +108,19 @@ def test_two_threads_change_no_bit(load: Load) -> None:
 
 @every_case
 @pytest.mark.parametrize("weights", ["f32", "q40"])
-def test_buffers_may_hold_anything_at_first(case: Case, weights: str, load: Load) -> None:
+def test_memory_may_hold_anything_at_first(
+    case: Case, weights: str, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def poisoned(shape: tuple[int, ...], dtype: type = np.uint8) -> np.ndarray:
+        array = aligned_empty(shape, dtype)
+        array[...] = np.nan if dtype == np.float32 else 0x7E
+        return array
+
     tokens = load_reference(case).tokens.tolist()
-    clean, dirty = load(case, weights=weights), load(case, weights=weights)
-    context = clean._model.context
-    for array in (context.qkv, context.up, context.cache._keys, context.cache._values):
-        array[...] = 0
-    context = dirty._model.context
-    for array in (context.qkv, context.up):
-        array[...] = np.nan
-    for array in (context.cache._keys, context.cache._values):
-        array[...] = 0x7E00 if array.dtype == np.uint16 else np.nan  # a float16 that is not a number
+    clean = load(case, weights=weights)
+    for module in ("linear", "context"):
+        monkeypatch.setattr(f"dllama_mpi.model.{module}.aligned_empty", poisoned)
+    dirty = load(case, weights=weights)
     np.testing.assert_array_equal(dirty.logits(tokens), clean.logits(tokens))
 
 

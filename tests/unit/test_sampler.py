@@ -129,6 +129,12 @@ def test_greedy_ties_go_to_the_lowest_id(cuts: tuple[int, ...]) -> None:
     assert choose(candidates(logits, cuts, 1, 0), SamplingParams(temperature=0), 0.0) == 17
 
 
+def test_top_p_stops_at_the_token_that_reaches_it() -> None:
+    even = whole(np.zeros(2, np.float32), 1.0)
+    assert choose(even, SamplingParams(top_p=0.5), 0.99) == 0
+    assert choose(even, SamplingParams(top_p=0.51), 0.99) == 1
+
+
 def test_a_low_temperature_is_nearly_greedy_and_a_high_one_nearly_uniform() -> None:
     logits = samples(5)[1]
     for value in (0.0, 0.3, 0.999):

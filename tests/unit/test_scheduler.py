@@ -37,6 +37,7 @@ class Machine:
         assert all(column.dtype == np.int32 and column.shape == (batch.tokens,) for column in columns)
         assert 0 < batch.tokens <= self.chunk + self.slots
         assert len(batch.logit_rows) == len(plan.sequences)
+        plan.commit()
         for token, position, slot in zip(batch.token_ids, batch.positions, batch.slots, strict=True):
             assert 0 <= slot < self.slots
             self.cache[int(slot), int(position)] = int(token)
