@@ -10,13 +10,14 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import DllamaError
 from ..parallel.launch import is_root_process, leave
-from . import chat, convert, generate, info, perplexity
+from . import bench, chat, convert, generate, info, perplexity
 
 COMMANDS: dict[str, Any] = {
     "generate": generate,
     "chat": chat,
     "convert": convert,
     "perplexity": perplexity,
+    "bench": bench,
     "info": info,
 }
 

@@ -83,6 +83,9 @@ def load_matrix(
     whole_tiles = rows[0] % ROWS == 0 and (rows[1] % ROWS == 0 or rows[1] == shape[0])
     if tensor.is_tiles and held is fmt and whole_tiles:
         return TileMatrix(tensor.data[rows[0] // ROWS : ceil_div(rows[1], ROWS), blocks], *count, fmt)
+    made = tensor.make_tiles(rows, cols, fmt)
+    if made is not None:
+        return TileMatrix(made, *count, fmt)
     tiles = aligned_empty(fmt.shape(*count))
     if tiles.size:
         _fill(tensor, rows, cols, tiles)

@@ -1,0 +1,155 @@
+"""Measure speed: tokens a second of prompts and of generation, and how near they come to the memory's limit."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+from collections.abc import Callable
+from typing import Any
+
+from ..errors import UsageError
+from ..log import progress
+from ..model.shapes import SHAPES
+from .options import add_model_options, load, number
+
+PROMPT, GENERATED = 512, 128
+
+
+def _numbers(low: int) -> Callable[[str], list[int]]:
+    """Return an argparse type for whole numbers separated by commas, each at least `low`."""
+    one = number(int, low)
+    return lambda text: [one(part) for part in text.split(",")]
+
+
+def _pair(text: str) -> tuple[int, int]:
+    values = _numbers(1)(text)
+    if len(values) != 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, such as 512,128")
+    return values[0], values[1]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    group = parser.add_argument_group("tests", "N may be several numbers, 128,512: then each is measured")
+    lists: list[tuple[tuple[str, ...], int, str]] = [
+        (("-p", "--n-prompt"), 0, f"prompt tokens, 0 for no such test (default: {PROMPT})"),
+        (("-n", "--n-gen"), 0, f"tokens generated, 0 for no such test (default: {GENERATED})"),
+        (("-b", "--batch"), 1, "sequences at once (default: 1)"),
+        (("-d", "--depth"), 0, "tokens in the KV cache before the measuring begins (default: 0)"),
+    ]
+    for names, low, text in lists:
+        group.add_argument(*names, type=_numbers(low), action="extend", metavar="N", help=text)
+    group.add_argument(
+        "-pg", type=_pair, action="append", default=[], metavar="P,N", help="a prompt and generation after it"
+    )
+    group.add_argument(
+        "-r", "--repetitions", type=number(int, 1), default=5, metavar="N", help="of each test (default: 5)"
+    )
+    group.add_argument(
+        "-o", "--output", choices=tuple(_FORMATS), default="md", help="a Markdown table, CSV or JSON (default: md)"
+    )
+    group.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of the token ids (default: 0)")
+    add_model_options(parser)
+    parser.add_argument(
+        "--random",
+        choices=tuple(SHAPES),
+        metavar="SHAPE",
+        help=f"instead of --model: random weights of a known shape: {', '.join(SHAPES)}",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, and print the result on stdout."""
+    from ..engine.bench import Bench, tests
+    from ..parallel.group import connect
+
+    group = connect()
+    args = group.broadcast(args)
+    with group.together():
+        lengths = (args.n_prompt or [PROMPT], args.n_gen or [GENERATED], args.pg)
+        todo = tests(*lengths, args.depth or [0], args.batch or [1])
+        if args.random is not None:
+            if args.model != "demo":
+                raise UsageError(f"--random {args.random} and --model {args.model}: give one of them")
+            args.model = f"random:{args.random}"
+        needed = max(test.positions for test in todo)
+        if args.max_seq_len is None:
+            args.max_seq_len = needed
+        if args.max_seq_len < needed:
+            raise UsageError(f"--max-seq-len {args.max_seq_len}: the tests need {needed} positions; give that or none")
+    llm = load(args, group, max(test.batch for test in todo))
+    bench = Bench(llm, args.seed)
+    bench.measure_memory()
+    with llm.session() as leads:
+        if not leads:
+            return 0
+        records = []
+        for test in todo:
+            bar = _bar(test.name)
+            records.append(bench.record(bench.run(test, args.repetitions, bar)))
+    print(_FORMATS[args.output](records), flush=True)
+    return 0
+
+
+def _bar(name: str) -> Callable[[Any], Any]:
+    return lambda turns: progress(turns, name, True)
+
+
+# ---- how results are printed
+
+
+def _markdown(records: list[dict[str, Any]]) -> str:
+    limit = records[0]["read_limit_gb_per_s"]
+    head = ["model", "size", "params", "ranks", "threads", "isa", "weights", "buffer", "test"]
+    head += ["t/s", "GB/s", "of limit", "sync"]
+    rows = [_cells(record) for record in records]
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    left = [name in ("model", "isa", "weights", "buffer") for name in head]
+    rule = [("-" * (w + 1) if is_left else "-" * w + ":") for w, is_left in zip(widths, left, strict=True)]
+
+    def line(cells: list[str]) -> str:
+        padded = [c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(cells, widths, left, strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    ceiling = f"Memory reads at best {limit:.1f} GB/s (all ranks' threads together)."
+    return "\n".join([ceiling, "", line(head), f"| {'| '.join(rule)}|", *map(line, rows)])
+
+
+def _cells(record: dict[str, Any]) -> list[str]:
+    rate, share = record["weights_read_gb_per_s"], record["share_of_limit"]
+    return [
+        record["model_type"] if record["model_filename"] == "demo" else record["model_filename"],
+        _scaled(record["model_size"], "GB", "MB"),
+        _scaled(record["model_n_params"], "B", "M"),
+        str(record["n_ranks"]),
+        str(record["n_threads"]),
+        record["instruction_set"],
+        record["weights"],
+        record["buffer_float_type"],
+        record["test"],
+        f"{record['avg_ts']:.2f} ± {record['stddev_ts']:.2f}",
+        "-" if rate is None else f"{rate:.1f}",
+        "-" if share is None else f"{share:.0%}",
+        f"{record['sync_share']:.1%}",
+    ]
+
+
+def _scaled(value: int, large: str, small: str) -> str:
+    return f"{value / 1e9:.2f} {large}" if value >= 1e9 else f"{value / 1e6:.2f} {small}"
+
+
+def _csv(records: list[dict[str, Any]]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(records[0]), lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+    writer.writeheader()
+    writer.writerows({k: json.dumps(v) if isinstance(v, list) else v for k, v in r.items()} for r in records)
+    return out.getvalue().rstrip("\n")
+
+
+def _json(records: list[dict[str, Any]]) -> str:
+    return json.dumps(records, indent=2)
+
+
+_FORMATS: dict[str, Callable[[list[dict[str, Any]]], str]] = {"md": _markdown, "csv": _csv, "json": _json}
