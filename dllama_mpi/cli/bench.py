@@ -62,14 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the result on stdout."""
-    from ..engine.bench import Bench, tests
+    from ..engine.bench import Bench, combine
     from ..parallel.group import connect
 
     group = connect()
     args = group.broadcast(args)
     with group.together():
         lengths = (args.n_prompt or [PROMPT], args.n_gen or [GENERATED], args.pg)
-        todo = tests(*lengths, args.depth or [0], args.batch or [1])
+        todo = combine(*lengths, args.depth or [0], args.batch or [1])
         if args.random is not None:
             if args.model != "demo":
                 raise UsageError(f"--random {args.random} and --model {args.model}: give one of them")

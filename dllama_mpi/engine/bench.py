@@ -146,7 +146,7 @@ def _giga(value: float | None) -> float | None:
     return None if value is None else value / 1e9
 
 
-def tests(
+def combine(
     prompts: Iterable[int], generated: Iterable[int], both: Iterable[tuple[int, int]], depths: Iterable[int],
     batches: Iterable[int],
 ) -> list[Test]:  # fmt: skip

@@ -1,74 +1,239 @@
-"""Causal attention over the KV cache with grouped query heads (GQA)."""
+"""Causal attention over the KV cache with grouped query heads (GQA), as products with tiles.
+
+The cache of one slot and KV head is two matrices in the tile layout of `kernels.layout`, so that the products' kernels
+serve here too, on every instruction set: keys have a row for each position, 16 positions to a tile; values have a row
+for each dimension of a head, 16 dimensions to a tile, and a column for each position. As arrays of float32 or of
+float16 bits:
+
+keys    (slots, kv_heads, positions / 16, head_dim to 32s, 16)
+values  (slots, kv_heads, head_dim to 16s / 16, positions, 16)
+
+A work item is a KV head with the queries that read it: those of its group, of one or a few tokens of one sequence, so
+that keys and values are read once for all of them. It goes over the positions in blocks with a running maximum and sum
+(online softmax, arXiv:1805.02867). Memory beyond the written positions takes part with weight zero, so it must hold
+numbers: a cache begins as zeros.
+"""
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
 
-from .runtime import FASTMATH
-from .simd import widen
+from .layout import BLOCK, ROWS
+from .rows import float_rows
+from .simd import F32, I64, EmitterHere, address, constant, vector
+
+POSITIONS = 256  # positions in a block of the online softmax
+QUERIES = 16  # most queries of an item, unless one token's group has more
+LONG = 512  # positions from which an item may be cut between threads
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
-def _attend(queries, keys, values, scale, out):
-    """Attend with a group of queries (g, head_dim) over keys and values (n, head_dim); out (g, head_dim) float32."""
-    group, head_dim = queries.shape
-    n = keys.shape[0]
-    scores = np.empty((group, n), np.float32)
-    key = np.empty(head_dim, np.float32)
-    for p in range(n):
-        for i in range(head_dim):
-            key[i] = widen(keys[p, i])
-        for g in range(group):
-            dot = np.float32(0)
-            for i in range(head_dim):
-                dot += queries[g, i] * key[i]
-            scores[g, p] = dot * scale
-    for g in range(group):
-        largest = scores[g, 0]
-        for p in range(1, n):
-            largest = max(largest, scores[g, p])
-        total = np.float32(0)
-        for p in range(n):
-            scores[g, p] = np.float32(math.exp(scores[g, p] - largest))
-            total += scores[g, p]
-        inverse = np.float32(1) / total
-        for i in range(head_dim):
-            out[g, i] = 0
-        for p in range(n):
-            weight = scores[g, p] * inverse
-            for i in range(head_dim):
-                out[g, i] += weight * widen(values[p, i])
+def _row_intrinsic(emit):
+    """Return an intrinsic over n floats at an address (n a multiple of 16), made by emit(emitter, address, n, x)."""
+
+    @intrinsic
+    def over_row(typingctx, at, n, x):
+        def codegen(context, builder, signature, args):
+            return emit(EmitterHere(builder), *args)
+
+        return types.float32(types.int64, types.int64, types.float32), codegen
+
+    return over_row
+
+
+def _reduce(e, value, combine):
+    """Emit the reduction of a vector's 16 lanes by halves."""
+    width = value.type.count
+    while width > 1:
+        width //= 2
+        mask = ir.Constant(vector(ir.IntType(32), width), list(range(width, 2 * width)))
+        low = ir.Constant(vector(ir.IntType(32), width), list(range(width)))
+        undefined = ir.Constant(value.type, ir.Undefined)
+        value = combine(e.b.shuffle_vector(value, undefined, low), e.b.shuffle_vector(value, undefined, mask))
+    return e.b.extract_element(value, ir.IntType(32)(0))
+
+
+def _larger(e):
+    return lambda x, y: e.b.select(e.b.fcmp_ordered(">", x, y), x, y)
+
+
+def _emit_largest(e, at, n, x):
+    def body(i, state):
+        return [_larger(e)(state[0], e.load(e.b.add(at, e.b.mul(i, I64(4 * ROWS))), vector(F32, ROWS), 4))]
+
+    (result,) = e.counted_loop(e.b.sdiv(n, I64(ROWS)), [e.splat(x, ROWS)], body)
+    return _reduce(e, result, _larger(e))
+
+
+def _emit_exponentials(e, at, n, x):
+    shift = e.splat(x, ROWS)
+
+    def body(i, state):
+        where = e.b.add(at, e.b.mul(i, I64(4 * ROWS)))
+        value = e.exp(e.b.fsub(e.load(where, vector(F32, ROWS), 4), shift))
+        e.store(value, where, 4)
+        return [e.b.fadd(state[0], value)]
+
+    (result,) = e.counted_loop(e.b.sdiv(n, I64(ROWS)), [constant(F32, ROWS, 0.0)], body)
+    return _reduce(e, result, e.b.fadd)
+
+
+_largest = _row_intrinsic(_emit_largest)  # the larger of x and all values
+_exponentials = _row_intrinsic(_emit_exponentials)  # replaces values by exp(value - x) and returns their sum
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _attend(marker, queries, starts, stops, keys, values, first, last, scores, part, sums, tops, out):
+    """Attend with queries (n, head_dim to 32s) over the block-aligned positions [first, last).
+
+    starts, stops: (n,) the positions each query sees. keys, values: one slot's and head's. scores: (n, POSITIONS)
+    and part, like out, scratch. Writes sums and maxima of the softmax (n,) and the weighted sum of values, not yet
+    divided, into out (n, head_dim to 16s).
+    """
+    n, width = queries.shape
+    item = keys.itemsize
+    key_bytes, value_bytes = item * ROWS * width, item * ROWS * values.shape[1]
+    sums[:n], tops[:n] = 0, -np.inf
+    out[:n] = 0
+    for begin in range(first, last, POSITIONS):
+        end = min(begin + POSITIONS, last)
+        padded = (end - begin + BLOCK - 1) // BLOCK * BLOCK
+        at = address(keys) + begin // ROWS * key_bytes
+        float_rows(marker, at, key_bytes, 0, padded // ROWS, width // BLOCK, address(queries), 4 * width,
+                   address(scores), 4 * POSITIONS, n)  # fmt: skip
+        for q in range(n):
+            low, high = max(0, starts[q] - begin), min(padded, stops[q] - begin)
+            scores[q, : max(0, min(low, padded))] = -np.inf
+            scores[q, max(0, high) : padded] = -np.inf
+            row = address(scores) + 4 * POSITIONS * q
+            if high <= low:  # nothing to see here, and no maximum to subtract
+                scores[q, :padded] = 0
+                part[q, 0] = 1
+                continue
+            top = _largest(row, padded, tops[q])
+            fade = np.exp(tops[q] - top)
+            sums[q] = sums[q] * fade + _exponentials(row, padded, top)
+            tops[q] = top
+            part[q, 0] = fade
+        for q in range(n):
+            fade = part[q, 0]
+            if fade != 1:
+                for i in range(out.shape[1]):
+                    out[q, i] *= fade
+        at = address(values) + begin * item * ROWS
+        float_rows(marker, at, value_bytes, 0, values.shape[0], padded // BLOCK, address(scores), 4 * POSITIONS,
+                   address(part), 4 * part.shape[1], n)  # fmt: skip
+        for q in range(n):
+            for i in range(out.shape[1]):
+                out[q, i] += part[q, i]
+
+
+@njit(cache=True, nogil=True)
+def _runs(slots, positions, most, begins):
+    """Write where runs of up to `most` consecutive positions of one slot begin; return their number."""
+    count, i = 0, 0
+    while i < slots.size:
+        begins[count] = i
+        count += 1
+        j = i + 1
+        while j < slots.size and j - i < most and slots[j] == slots[i] and positions[j] == positions[j - 1] + 1:
+            j += 1
+        i = j
+    begins[count] = slots.size
+    return count
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _take(marker, q, keys, values, slots, positions, window, scale, head_dim, first_head, last_head, group, out,
+          out_start, begins, runs, cuts, sums, tops, partial, first_item, step):  # fmt: skip
+    """Do items first_item, first_item + step, ...; see `attention`."""
+    most, dims = sums.shape[1], partial.shape[2]
+    kv_heads = keys.shape[1]
+    queries = np.zeros((most, keys.shape[3]), np.float32)
+    starts, stops = np.empty(most, np.int64), np.empty(most, np.int64)
+    scores = np.empty((most, POSITIONS), np.float32)
+    part = np.empty((most, dims), np.float32)
+    for item in range(first_item, runs * kv_heads * cuts, step):
+        piece, cut = item // cuts, item % cuts
+        run, kv = piece // kv_heads, piece % kv_heads
+        head = first_head // group + kv
+        low, high = max(first_head, head * group) - first_head, min(last_head, (head + 1) * group) - first_head
+        n = 0
+        for t in range(begins[run], begins[run + 1]):
+            for h in range(low, high):
+                for i in range(head_dim):
+                    queries[n, i] = q[t, h * head_dim + i] * scale
+                stops[n] = positions[t] + 1
+                starts[n] = max(0, stops[n] - window) if window > 0 else 0
+                n += 1
+        first, last = starts[0] // BLOCK * BLOCK, stops[n - 1]
+        if cuts > 1:
+            blocks = (last - first + POSITIONS - 1) // POSITIONS
+            last = min(last, first + POSITIONS * (blocks * (cut + 1) // cuts))
+            first += POSITIONS * (blocks * cut // cuts)
+        slot = slots[begins[run]]
+        result = partial[item if cuts > 1 else first_item]
+        _attend(marker, queries[:n], starts, stops, keys[slot, kv], values[slot, kv], first, last, scores, part,
+                sums[item], tops[item], result)  # fmt: skip
+        if cuts == 1:
+            n = 0
+            for t in range(begins[run], begins[run + 1]):
+                for h in range(low, high):
+                    divisor = np.float32(1) / sums[item, n]
+                    for i in range(head_dim):
+                        out[t, out_start + h * head_dim + i] = result[n, i] * divisor
+                    n += 1
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def attention(
-    q, k_cache, v_cache, slots, positions, window, scale, first_head, last_head, group, out, out_start, threads
-):
+def attention(marker, q, keys, values, slots, positions, window, scale, head_dim, first_head, last_head, group, out,
+              out_start, threads):  # fmt: skip
     """Attend from each token to the positions of its slot up to its own.
 
-    q: (tokens, >= heads*head_dim) float32, rotated, for the rank's heads [first_head, last_head) of the whole model;
-    k_cache, v_cache: (slots, kv_heads, seq, head_dim), this rank's KV heads; group: query heads a KV head;
-    window: positions a token sees, itself included, or 0 for all; out: (tokens, >= heads*head_dim) float32, written
-    from column out_start on.
+    marker: the empty array of the cache's format, f16 or f32. q: (tokens, >= heads*head_dim) float32, rotated, for
+    the rank's heads [first_head, last_head) of the whole model; keys, values: this rank's cache, see the module;
+    group: query heads a KV head; window: positions a token sees, itself included, or 0 for all; out: (tokens,
+    >= heads*head_dim) float32, written from column out_start on.
     """
-    kv_heads, head_dim = k_cache.shape[1], k_cache.shape[3]
-    first_kv = first_head // group
-    items = q.shape[0] * kv_heads
+    kv_heads = keys.shape[1]
+    each = max(1, QUERIES // group)
+    begins = np.empty(slots.size + 1, np.int64)
+    runs = _runs(slots, positions, each, begins)
+    cuts = 1
+    if runs * kv_heads < threads and positions.max() >= LONG:
+        cuts = (threads + runs * kv_heads - 1) // (runs * kv_heads)
+    items, most = runs * kv_heads * cuts, each * group
+    sums, tops = np.zeros((items, most), np.float32), np.full((items, most), np.float32(-np.inf))
+    partial = np.zeros((items if cuts > 1 else threads, most, values.shape[2] * ROWS), np.float32)
     for thread in prange(threads):
-        for item in range(thread, items, threads):
-            t, kv = item // kv_heads, item % kv_heads
-            low = max(first_head, (first_kv + kv) * group) - first_head
-            high = min(last_head, (first_kv + kv + 1) * group) - first_head
-            stop = positions[t] + 1
-            start = max(0, stop - window) if window > 0 else 0
-            span = slice(low * head_dim, high * head_dim)
-            _attend(
-                q[t, span].reshape(high - low, head_dim),
-                k_cache[slots[t], kv, start:stop],
-                v_cache[slots[t], kv, start:stop],
-                scale,
-                out[t, out_start + low * head_dim : out_start + high * head_dim].reshape(high - low, head_dim),
-            )
+        _take(marker, q, keys, values, slots, positions, window, scale, head_dim, first_head, last_head, group, out,
+              out_start, begins, runs, cuts, sums, tops, partial, np.int64(thread), threads)  # fmt: skip
+    if cuts > 1:
+        _merge(
+            partial, sums, tops, begins, runs, kv_heads, cuts, head_dim, first_head, last_head, group, out, out_start
+        )
+
+
+@njit(cache=True, nogil=True)
+def _merge(partial, sums, tops, begins, runs, kv_heads, cuts, head_dim, first_head, last_head, group, out, out_start):
+    """Join the softmax of items that were cut between threads."""
+    for piece in range(runs * kv_heads):
+        run, kv = piece // kv_heads, piece % kv_heads
+        head = first_head // group + kv
+        low, high = max(first_head, head * group) - first_head, min(last_head, (head + 1) * group) - first_head
+        n = 0
+        for t in range(begins[run], begins[run + 1]):
+            for h in range(low, high):
+                top = tops[piece * cuts : (piece + 1) * cuts, n].max()
+                total = np.float32(0)
+                column = out_start + h * head_dim
+                out[t, column : column + head_dim] = 0
+                for item in range(piece * cuts, (piece + 1) * cuts):
+                    weight = np.exp(tops[item, n] - top)
+                    total += weight * sums[item, n]
+                    for i in range(head_dim):
+                        out[t, column + i] += weight * partial[item, n, i]
+                out[t, column : column + head_dim] /= total
+                n += 1

@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
-from .layout import BLOCK
+from .layout import BLOCK, ROWS
 from .runtime import FASTMATH
 from .simd import F16, I16
 
@@ -51,7 +51,7 @@ def quantise(x, xq, xs, xc):
 
 
 @njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
-def _rms_norm_row(x, weight, eps, size, out):
+def rms_norm_row(x, weight, eps, size, out):
     square = np.float32(0)
     for i in range(size):
         square += x[i] * x[i]
@@ -67,30 +67,9 @@ def rms_norm(x, weight, eps, out, xq, xs, xc):
     out: float32 like x, its padding untouched. With xq, xs, xc not empty the result is also quantised to Q80.
     """
     for t in prange(x.shape[0]):
-        _rms_norm_row(x[t], weight, eps, weight.size, out[t])
+        rms_norm_row(x[t], weight, eps, weight.size, out[t])
         if xq.size > 0:
             quantise_row(out[t], xq[t], xs[t], xc[t])
-
-
-@njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
-def _silu_mul_row(gate, up):
-    for i in range(gate.size):
-        gate[i] = gate[i] / (np.float32(1) + np.float32(math.exp(-gate[i]))) * up[i]
-
-
-@njit(cache=True, nogil=True, parallel=True)
-def silu_mul(gate, up, gate_bias, up_bias, xq, xs, xc):
-    """Compute silu(gate + bias) * (up + bias) into gate, all (tokens, cols) float32; biases may be empty.
-
-    With xq, xs, xc not empty the result is also quantised to Q80.
-    """
-    for t in prange(gate.shape[0]):
-        if gate_bias.size > 0:
-            gate[t, : gate_bias.size] += gate_bias
-            up[t, : up_bias.size] += up_bias
-        _silu_mul_row(gate[t], up[t])
-        if xq.size > 0:
-            quantise_row(gate[t], xq[t], xs[t], xc[t])
 
 
 @njit(cache=True, nogil=True, parallel=True)
@@ -112,35 +91,43 @@ def _rotate(head, cos, sin):
         head[half + i] = b * cos[i] + a * sin[i]
 
 
+@njit(cache=True, nogil=True, inline="never")
+def rope_and_store_row(row, bias, q_norm, k_norm, eps, cos, sin, head_dim, q_heads, k_start, v_start, keys, values,
+                       position):  # fmt: skip
+    """Do one token's part of `rope_and_store`; keys and values are its slot's."""
+    if bias.size > 0:
+        for i in range(bias.size):
+            row[i] += bias[i]
+    for h in range(q_heads):
+        head = row[h * head_dim : (h + 1) * head_dim]
+        if q_norm.size > 0:
+            rms_norm_row(head, q_norm, eps, head_dim, head)
+        _rotate(head, cos, sin)
+    for h in range(keys.shape[0]):
+        head = row[k_start + h * head_dim : k_start + (h + 1) * head_dim]
+        if k_norm.size > 0:
+            rms_norm_row(head, k_norm, eps, head_dim, head)
+        _rotate(head, cos, sin)
+        for i in range(head_dim):
+            keys[h, position // ROWS, i, position % ROWS] = _as_element(keys, head[i])
+        value = row[v_start + h * head_dim : v_start + (h + 1) * head_dim]
+        for i in range(head_dim):
+            values[h, i // ROWS, position, i % ROWS] = _as_element(values, value[i])
+
+
 @njit(cache=True, nogil=True, parallel=True)
-def rope_and_store(
-    qkv, bias, q_norm, k_norm, eps, cos, sin, head_dim, q_heads, k_start, v_start, k_cache, v_cache, slots, positions
-):
+def rope_and_store(qkv, bias, q_norm, k_norm, eps, cos, sin, head_dim, q_heads, k_start, v_start, keys, values, slots,
+                   positions):  # fmt: skip
     """Finish queries and keys in place and put keys and values into the cache.
 
     qkv: (tokens, n) float32, q heads from 0, k heads from k_start, v heads from v_start; bias: (n,) or empty;
     q_norm, k_norm: (head_dim,) RMSNorm weights a head, or empty; cos, sin: (tokens, head_dim / 2) float32, the
-    rotary embedding in half-split order (arXiv:2104.09864); k_cache, v_cache: (slots, kv_heads, seq, head_dim)
-    float32 or float16 bits; slots, positions: (tokens,) int32.
+    rotary embedding in half-split order (arXiv:2104.09864); keys, values: the cache, see `kernels.attention`;
+    slots, positions: (tokens,) int32.
     """
     for t in prange(qkv.shape[0]):
-        row = qkv[t]
-        if bias.size > 0:
-            row += bias
-        for h in range(q_heads):
-            head = row[h * head_dim : (h + 1) * head_dim]
-            if q_norm.size > 0:
-                _rms_norm_row(head, q_norm, eps, head_dim, head)
-            _rotate(head, cos[t], sin[t])
-        slot, position = slots[t], positions[t]
-        for h in range(k_cache.shape[1]):
-            head = row[k_start + h * head_dim : k_start + (h + 1) * head_dim]
-            if k_norm.size > 0:
-                _rms_norm_row(head, k_norm, eps, head_dim, head)
-            _rotate(head, cos[t], sin[t])
-            for i in range(head_dim):
-                k_cache[slot, h, position, i] = _as_element(k_cache, head[i])
-                v_cache[slot, h, position, i] = _as_element(v_cache, row[v_start + h * head_dim + i])
+        rope_and_store_row(qkv[t], bias, q_norm, k_norm, eps, cos[t], sin[t], head_dim, q_heads, k_start, v_start,
+                           keys[slots[t]], values[slots[t]], positions[t])  # fmt: skip
 
 
 @njit(cache=True, nogil=True)

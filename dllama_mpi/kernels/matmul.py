@@ -6,7 +6,6 @@ a token's result does not depend on what it is batched with.
 
 from __future__ import annotations
 
-from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
@@ -14,6 +13,8 @@ from .layout import BLOCK, F16, F32, Q40, Q80, ROWS
 from .simd import F16 as HALF
 from .simd import F32 as FLOAT
 from .simd import I8, I32, I64, EmitterHere, constant, vector
+
+UNROLLED = 4  # columns of f16 and f32 tiles in a loop's body
 
 # dtype of a format's marker -> format
 _BY_DTYPE = {types.uint8: Q40, types.int8: Q80, types.uint16: F16, types.float32: F32}
@@ -28,49 +29,10 @@ def _quantised_tile_row(typingctx, marker, tokens, w, blocks, xq, xs, xc, y, y_s
     fmt, n_tokens = _BY_DTYPE[marker.dtype], tokens.literal_value
 
     def codegen(context, builder, signature, args):
-        e, b = EmitterHere(builder), builder
-        _, _, w0, n, xq0, xs0, xc0, y0, stride = args
-
-        def block(i, totals):
-            tile = b.add(w0, b.mul(i, I64(fmt.tile_bytes)))
-            scale = b.fpext(e.load(tile, vector(HALF, ROWS), 32), vector(FLOAT, ROWS))
-            codes = _codes(e, fmt, b.add(tile, I64(2 * ROWS)))
-            after = []
-            for t in range(n_tokens):
-                at = b.add(b.mul(I64(t), n), i)
-                seed = e.splat(e.load(b.add(xc0, b.mul(at, I64(4))), I32, 4), ROWS)
-                # The unsigned codes' offset: -8 * sum(x) as stored; q80 is offset by 128 instead.
-                dots = seed if fmt is Q40 else b.shl(seed, constant(I32, ROWS, 4))
-                x = b.add(xq0, b.mul(at, I64(BLOCK)))
-                for j, chunk in codes:
-                    four = e.splat(e.load(b.add(x, I64(4 * j)), I32, 4), ROWS)
-                    dots = e.dot4(dots, chunk, b.bitcast(four, vector(I8, 64)))
-                x_scale = e.splat(e.load(b.add(xs0, b.mul(at, I64(4))), FLOAT, 4), ROWS)
-                after.append(e.fma(b.sitofp(dots, vector(FLOAT, ROWS)), b.fmul(scale, x_scale), totals[t]))
-            return after
-
-        totals = e.counted_loop(n, [constant(FLOAT, ROWS, 0.0)] * n_tokens, block)
-        for t, total in enumerate(totals):
-            e.store(total, b.add(y0, b.mul(I64(t), stride)), 4)
+        emit_quantised_tile_row(EmitterHere(builder), fmt, n_tokens, *args[2:])
         return context.get_dummy_value()
 
     return types.void(marker, tokens, *[types.int64] * 7), codegen
-
-
-def _codes(e, fmt, address) -> list[tuple[int, ir.Value]]:
-    """Emit the loads of one tile's codes: pairs of (which four columns, <64 x i8> unsigned codes)."""
-    b = e.b
-    codes = []
-    if fmt is Q40:
-        for j in range(4):
-            packed = e.load(b.add(address, I64(64 * j)), vector(I8, 64), 32)
-            codes.append((j, b.and_(packed, constant(I8, 64, 15))))
-            codes.append((4 + j, b.lshr(packed, constant(I8, 64, 4))))
-        return codes
-    for j in range(8):
-        signed = e.load(b.add(address, I64(64 * j)), vector(I8, 64), 32)
-        codes.append((j, b.xor(signed, constant(I8, 64, -128))))
-    return codes
 
 
 @intrinsic(prefer_literal=True)
@@ -80,31 +42,109 @@ def _float_tile_row(typingctx, marker, tokens, w, blocks, x, x_stride, y, y_stri
     w, x, y: addresses; blocks: tiles in the row; strides: bytes from one token to the next.
     """
     fmt, n_tokens = _BY_DTYPE[marker.dtype], tokens.literal_value
-    element, size = (HALF, 2) if fmt is F16 else (FLOAT, 4)
 
     def codegen(context, builder, signature, args):
-        e, b = EmitterHere(builder), builder
-        _, _, w0, n, x0, x_step, y0, y_step = args
-
-        def block(i, totals):
-            tile = b.add(w0, b.mul(i, I64(fmt.tile_bytes)))
-            x_block = b.add(x0, b.mul(i, I64(4 * BLOCK)))
-            totals = list(totals)
-            for col in range(BLOCK):
-                column = e.load(b.add(tile, I64(col * ROWS * size)), vector(element, ROWS), 32)
-                if fmt is F16:
-                    column = b.fpext(column, vector(FLOAT, ROWS))
-                for t in range(n_tokens):
-                    at = b.add(b.add(x_block, b.mul(I64(t), x_step)), I64(4 * col))
-                    totals[t] = e.fma(column, e.splat(e.load(at, FLOAT, 4), ROWS), totals[t])
-            return totals
-
-        totals = e.counted_loop(n, [constant(FLOAT, ROWS, 0.0)] * n_tokens, block)
-        for t, total in enumerate(totals):
-            e.store(total, b.add(y0, b.mul(I64(t), y_step)), 4)
+        emit_float_tile_row(EmitterHere(builder), fmt, n_tokens, *args[2:])
         return context.get_dummy_value()
 
     return types.void(marker, tokens, *[types.int64] * 6), codegen
+
+
+def emit_quantised_tile_row(e, fmt, tokens, w, blocks, xq, xs, xc, y, y_stride):
+    """Emit what `_quantised_tile_row` does."""
+    b, narrow = e.b, fmt is Q40
+    rows, group = e.dot_shape(tokens, narrow)
+
+    def part(row, token):
+        """Multiply `rows` rows from `row` on with `group` tokens from `token` on."""
+        scales, codes = b.add(w, b.mul(row, I64(2))), b.add(w, b.add(b.mul(row, I64(4)), I64(2 * ROWS)))
+
+        def block(i, totals):
+            tile = b.mul(i, I64(fmt.tile_bytes))
+            if tokens > 1:  # one token waits for memory all the time, and the hardware's own prefetching is better
+                e.prefetch(b.add(w, tile), fmt.tile_bytes)
+            scale = b.fpext(e.load(b.add(scales, tile), vector(HALF, rows), 2 * rows), vector(FLOAT, rows))
+            at = [b.add(b.mul(b.add(token, I64(t)), blocks), i) for t in range(group)]
+            dots = [constant(I32, rows, 0)] * group
+            if narrow or e.offset:  # xc is -8 * the sum of a block's codes
+                dots = [e.splat(e.load(b.add(xc, b.mul(k, I64(4))), I32, 4), rows) for k in at]
+                dots = dots if narrow else [b.mul(d, constant(I32, rows, e.offset // 8)) for d in dots]
+            x = [b.add(xq, b.mul(k, I64(BLOCK))) for k in at]
+            dots = e.block_dots(_codes(e, fmt, b.add(codes, tile), rows), narrow, x, dots)
+            after = []
+            for k, dot, total in zip(at, dots, totals, strict=True):
+                x_scale = e.splat(e.load(b.add(xs, b.mul(k, I64(4))), FLOAT, 4), rows)
+                after.append(e.fma(b.sitofp(dot, vector(FLOAT, rows)), b.fmul(scale, x_scale), total))
+            return after
+
+        _store_rows(e, e.counted_loop(blocks, [constant(FLOAT, rows, 0.0)] * group, block), row, token, y, y_stride)
+
+    _for_each_part(e, ROWS // rows, rows, tokens // group, group, part)
+
+
+def _codes(e, fmt, address, rows):
+    """Emit the loads of one tile's codes: pairs of (which four columns, <4*rows x i8>), as they are drawn."""
+    b, chunk = e.b, vector(I8, 4 * rows)
+    for j in range(4 if fmt is Q40 else 8):
+        codes = e.load(b.add(address, I64(64 * j)), chunk, min(32, 4 * rows))
+        if fmt is Q40:
+            yield j, b.and_(codes, constant(I8, 4 * rows, 15))
+            yield 4 + j, b.lshr(codes, constant(I8, 4 * rows, 4))
+        else:  # adding 128 to a byte is to turn its highest bit
+            yield j, b.xor(codes, constant(I8, 4 * rows, e.offset)) if e.offset else codes
+
+
+def emit_float_tile_row(e, fmt, tokens, w, blocks, x, x_stride, y, y_stride):
+    """Emit what `_float_tile_row` does."""
+    b = e.b
+    rows, group = e.fma_shape(tokens)
+    element, size = (HALF, 2) if fmt is F16 else (FLOAT, 4)
+
+    def part(row, token):
+        """Multiply `rows` rows from `row` on with `group` tokens from `token` on."""
+        first = b.add(w, b.mul(row, I64(size)))
+        xs = [b.add(x, b.mul(b.add(token, I64(t)), x_stride)) for t in range(group)]
+
+        def columns(i, totals):
+            at = [b.add(start, b.mul(i, I64(4 * UNROLLED))) for start in xs]
+            step = b.add(first, b.mul(i, I64(UNROLLED * ROWS * size)))
+            if tokens > 1:
+                e.prefetch(step, UNROLLED * ROWS * size)
+            for col in range(UNROLLED):
+                column = e.load(b.add(step, I64(col * ROWS * size)), vector(element, rows), min(32, rows * size))
+                if fmt is F16:
+                    column = b.fpext(column, vector(FLOAT, rows))
+                totals = [
+                    e.fma(column, e.broadcast(start, col, FLOAT, rows), total)
+                    for start, total in zip(at, totals, strict=True)
+                ]
+            return totals
+
+        steps = b.mul(blocks, I64(BLOCK // UNROLLED))
+        _store_rows(e, e.counted_loop(steps, [constant(FLOAT, rows, 0.0)] * group, columns), row, token, y, y_stride)
+
+    _for_each_part(e, ROWS // rows, rows, tokens // group, group, part)
+
+
+def _store_rows(e, totals, row, token, y, y_stride):
+    """Store outputs from `row` on of tokens from `token` on."""
+    b = e.b
+    for t, total in enumerate(totals):
+        e.store(total, b.add(b.add(y, b.mul(row, I64(4))), b.mul(b.add(token, I64(t)), y_stride)), 4)
+
+
+def _for_each_part(e, row_parts, rows, token_parts, group, part):
+    """Emit part(row, token) once, in a loop where there are several."""
+    b = e.b
+    if row_parts * token_parts == 1:
+        part(I64(0), I64(0))
+        return
+
+    def body(i, state):
+        part(b.mul(b.sdiv(i, I64(token_parts)), I64(rows)), b.mul(b.srem(i, I64(token_parts)), I64(group)))
+        return state
+
+    e.counted_loop(I64(row_parts * token_parts), [], body)
 
 
 @njit(cache=True, nogil=True, parallel=True)
@@ -119,19 +159,22 @@ def quantised_matmul(marker, w, w_stride, tile_rows, blocks, xq, xs, xc, y, y_st
     for thread in prange(threads):
         first, last = tile_rows * thread // threads, tile_rows * (thread + 1) // threads
         for row in range(first, last):
-            a, out, t = w + row * w_stride, y + row * 4 * ROWS, 0
-            q, s, c = xq, xs, xc
-            while tokens - t >= 8:
-                _quantised_tile_row(marker, 8, a, blocks, q, s, c, out, y_stride)
-                t, q, s, c, out = t + 8, q + 8 * 32 * blocks, s + 32 * blocks, c + 32 * blocks, out + 8 * y_stride
-            if tokens - t >= 4:
-                _quantised_tile_row(marker, 4, a, blocks, q, s, c, out, y_stride)
-                t, q, s, c, out = t + 4, q + 4 * 32 * blocks, s + 16 * blocks, c + 16 * blocks, out + 4 * y_stride
-            if tokens - t >= 2:
-                _quantised_tile_row(marker, 2, a, blocks, q, s, c, out, y_stride)
-                t, q, s, c, out = t + 2, q + 2 * 32 * blocks, s + 8 * blocks, c + 8 * blocks, out + 2 * y_stride
-            if tokens > t:
-                _quantised_tile_row(marker, 1, a, blocks, q, s, c, out, y_stride)
+            a, t = w + row * w_stride, 0
+            while t < tokens:
+                left, out = tokens - t, y + row * 4 * ROWS + t * y_stride
+                q, s, c = xq + t * BLOCK * blocks, xs + t * 4 * blocks, xc + t * 4 * blocks
+                if left >= 8:
+                    _quantised_tile_row(marker, 8, a, blocks, q, s, c, out, y_stride)
+                    t += 8
+                elif left >= 4:
+                    _quantised_tile_row(marker, 4, a, blocks, q, s, c, out, y_stride)
+                    t += 4
+                elif left >= 2:
+                    _quantised_tile_row(marker, 2, a, blocks, q, s, c, out, y_stride)
+                    t += 2
+                else:
+                    _quantised_tile_row(marker, 1, a, blocks, q, s, c, out, y_stride)
+                    t += 1
 
 
 @njit(cache=True, nogil=True, parallel=True)
@@ -143,10 +186,22 @@ def float_matmul(marker, w, w_stride, tile_rows, blocks, x, x_stride, y, y_strid
     for thread in prange(threads):
         first, last = tile_rows * thread // threads, tile_rows * (thread + 1) // threads
         for row in range(first, last):
-            a, out, t, source = w + row * w_stride, y + row * 4 * ROWS, 0, x
-            while tokens - t >= 8:
-                _float_tile_row(marker, 8, a, blocks, source, x_stride, out, y_stride)
-                t, source, out = t + 8, source + 8 * x_stride, out + 8 * y_stride
-            while tokens > t:
-                _float_tile_row(marker, 1, a, blocks, source, x_stride, out, y_stride)
-                t, source, out = t + 1, source + x_stride, out + y_stride
+            a, out, t = w + row * w_stride, y + row * 4 * ROWS, 0
+            while t < tokens:
+                # One token takes nearly as long as four: its sums wait for each other. So a few tokens are done with
+                # some that are done already, which get the same values again.
+                left = tokens - t
+                if left >= 8 or (left > 4 and tokens >= 8):
+                    t = min(t, tokens - 8)
+                    _float_tile_row(marker, 8, a, blocks, x + t * x_stride, x_stride, out + t * y_stride, y_stride)
+                    t += 8
+                elif left >= 4 or (left == 3 and tokens >= 4):
+                    t = min(t, tokens - 4)
+                    _float_tile_row(marker, 4, a, blocks, x + t * x_stride, x_stride, out + t * y_stride, y_stride)
+                    t += 4
+                elif left >= 2:
+                    _float_tile_row(marker, 2, a, blocks, x + t * x_stride, x_stride, out + t * y_stride, y_stride)
+                    t += 2
+                else:
+                    _float_tile_row(marker, 1, a, blocks, x + t * x_stride, x_stride, out + t * y_stride, y_stride)
+                    t += 1

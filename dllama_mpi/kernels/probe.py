@@ -21,6 +21,8 @@ _LANES = 16  # a register's 32-bit lanes in the kernels
 _STREAM = 8  # registers read in one turn of the loop: 512 bytes
 _CHAINS = 12  # independent sums: enough to hide the latency of either instruction
 _OPERANDS = 2048  # bytes of L1 cache that the dot products' operands are read from
+_TURNS = 1 << 18
+_SECONDS, _LEAST_TIMES = 0.7, 10  # how long a rate is measured, and how often at least
 
 
 def _accumulate(builder, count, zero, chains, turn):
@@ -140,36 +142,44 @@ class ReadProbe:
         return time.perf_counter() - started
 
 
-def read_bandwidth(threads: int, size: int = 1 << 29, repetitions: int = 15) -> float:
+def read_bandwidth(threads: int, size: int = 1 << 29) -> float:
     """Return the bytes a second that this many threads together read from memory: the best of several times.
 
     size: bytes read; several times the last cache. The threads must have been set with `runtime.set_threads`.
     """
     probe = ReadProbe(size, threads)
-    return probe.size / min(probe.seconds() for _ in range(repetitions))
+    return probe.size / _best(probe.seconds)
 
 
-def _rate(work: float, call: Callable[[], None], repetitions: int) -> float:
-    call()
-    best = float("inf")
-    for _ in range(repetitions):
+def _best(call: Callable[[], float]) -> float:
+    """Return the least of many times: on a busy machine all threads run together only now and then."""
+    until, times = time.perf_counter() + _SECONDS, [call()]
+    while len(times) < _LEAST_TIMES or time.perf_counter() < until:
+        times.append(call())
+    return min(times)
+
+
+def _timed(call: Callable[[], None]) -> Callable[[], float]:
+    def once() -> float:
         started = time.perf_counter()
         call()
-        best = min(best, time.perf_counter() - started)
-    return work / best
+        return time.perf_counter() - started
+
+    call()
+    return once
 
 
-def fma_rate(threads: int, turns: int = 1 << 19, repetitions: int = 15) -> float:
+def fma_rate(threads: int) -> float:
     """Return the float32 multiply-adds a second of this many threads together: the best of several times."""
     results = np.zeros(threads)
-    work = float(turns * _CHAINS * _LANES * threads)
-    return _rate(work, lambda: _fma_all(turns, threads, results), repetitions)
+    seconds = _best(_timed(lambda: _fma_all(_TURNS, threads, results)))
+    return _TURNS * _CHAINS * _LANES * threads / seconds
 
 
-def dot_rate(threads: int, turns: int = 1 << 19, repetitions: int = 15) -> float:
+def dot_rate(threads: int) -> float:
     """Return the int8 multiply-adds a second of this many threads together, by the kernels' dot product: the best."""
     operands = _aligned(_OPERANDS)
     operands[:] = np.arange(_OPERANDS) % 16
     results = np.zeros(threads)
-    work = float(turns * _CHAINS * 4 * _LANES * threads)
-    return _rate(work, lambda: _dot_all(turns, operands, threads, results), repetitions)
+    seconds = _best(_timed(lambda: _dot_all(_TURNS, operands, threads, results)))
+    return _TURNS * _CHAINS * 4 * _LANES * threads / seconds

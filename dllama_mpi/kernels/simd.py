@@ -6,6 +6,9 @@ Anything not overridden is plain vector IR, which LLVM lowers correctly for ever
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable, Iterable, Iterator
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -15,6 +18,15 @@ from .runtime import ISA
 
 I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
+
+Codes = Iterator[tuple[int, ir.Value]]
+
+_LN2_HIGH, _LN2_LOW = float.fromhex("0x1.62e4p-1"), float.fromhex("0x1.7f7d1cp-20")
+# Of e**r, highest power first: 1 + r + r**2 * (the polynomial of least relative error, 2**-28, on +-ln 2 / 2).
+_EXP_POLYNOMIAL = [
+    float.fromhex(c)
+    for c in ("0x1.6a23dp-10", "0x1.123a2p-7", "0x1.5558f2p-5", "0x1.555492p-3", "0x1.fffffcp-2", "0x1p0", "0x1p0")
+]
 
 
 def vector(element: ir.Type, count: int) -> ir.VectorType:
@@ -27,11 +39,33 @@ def constant(element: ir.Type, count: int, value: float) -> ir.Constant:
     return ir.Constant(vector(element, count), [value] * count)
 
 
+def _single(value: float) -> float:
+    """Return the float32 nearest to a value, as LLVM wants constants."""
+    return struct.unpack("f", struct.pack("f", value))[0]
+
+
 class Emitter:
-    """Emits vector operations into one LLVM function; addresses are 64-bit integers, in bytes."""
+    """Emits vector operations into one LLVM function; addresses are 64-bit integers, in bytes.
+
+    Attributes:
+        offset: what `block_dots` wants added to signed codes that are not narrow.
+        ahead: bytes by which weights are prefetched when several tokens keep the processor busy, or 0 to leave it to
+            the hardware.
+    """
+
+    offset = 0
+    ahead = 4096
 
     def __init__(self, builder: ir.IRBuilder) -> None:
         self.b = builder
+
+    def dot_shape(self, tokens: int, narrow: bool) -> tuple[int, int]:
+        """Return how many rows and tokens an inner kernel of `block_dots` takes at once, to stay in the registers."""
+        return 16, min(tokens, 2)
+
+    def fma_shape(self, tokens: int) -> tuple[int, int]:
+        """Return the same for inner kernels of float32."""
+        return 16, min(tokens, 4)
 
     def load(self, address: ir.Value, ty: ir.Type, align: int) -> ir.Value:
         """Load a scalar or vector."""
@@ -53,20 +87,103 @@ class Emitter:
         fma = cgutils.get_or_insert_function(self.b.module, ir.FunctionType(ty, [ty] * 3), f"llvm.fma.v{ty.count}f32")
         return self.b.call(fma, [x, y, z])
 
-    def dot4(self, total: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
-        """Add to each int32 lane the sum of four products of unsigned and signed bytes.
+    def exp(self, x: ir.Value) -> ir.Value:
+        """Return e**x for vectors of float32, within 2 units in the last place.
 
-        total: <16 x i32>; unsigned: <64 x i8>, 0..255; signed: <64 x i8>, -128..127.
+        0 below -87.3, where the result would be subnormal; infinity above 88.7; NaN stays NaN.
+        """
+        b, ty = self.b, x.type
+        bits = vector(I32, ty.count)
+
+        def lanes(value: float) -> ir.Constant:
+            return constant(F32, ty.count, value)
+
+        # x = n ln 2 + r: adding 1.5 * 2**23 rounds to an integer, which then stands in the lowest bits.
+        shifted = self.fma(x, lanes(_single(1.4426950408889634)), lanes(12582912.0))
+        n = b.fsub(shifted, lanes(12582912.0))
+        r = self.fma(n, lanes(-_LN2_HIGH), x)  # n times the short upper part of ln 2 is exact
+        r = self.fma(n, lanes(-_LN2_LOW), r)
+        result = lanes(_EXP_POLYNOMIAL[0])
+        for coefficient in _EXP_POLYNOMIAL[1:]:
+            result = self.fma(result, r, lanes(coefficient))
+        # Times 2**n: n is added to the exponent.
+        power = b.shl(b.bitcast(shifted, bits), constant(I32, ty.count, 23))
+        result = b.bitcast(b.add(b.bitcast(result, bits), power), ty)
+        overflow = b.fadd(x, lanes(float("inf")))
+        result = b.select(b.fcmp_ordered("<=", x, lanes(_single(88.72283172607422))), result, overflow)
+        return b.select(b.fcmp_ordered("<", x, lanes(_single(-87.33654022216797))), lanes(0.0), result)
+
+    def broadcast(self, address: ir.Value, index: int, element: ir.Type, count: int) -> ir.Value:
+        """Return element `index` of an array of 4-byte elements, a multiple of four of them, in every lane."""
+        return self.splat(self.load(self.b.add(address, I64(4 * index)), element, 4), count)
+
+    def columns(self, x: ir.Value, quad: int, rows: int) -> ir.Value:
+        """Return columns 4 * quad to 4 * quad + 3 of the int8 block at address x, once a row: <4*rows x i8>."""
+        return self.b.bitcast(self.broadcast(x, quad, I32, rows), vector(I8, 4 * rows))
+
+    def block_dots(self, codes: Codes, narrow: bool, xs: list[ir.Value], totals: list[ir.Value]) -> list[ir.Value]:
+        """Add to the int32 totals of each token, <rows x i32>, the dot products of its 32 columns with every row.
+
+        codes: pairs (quad, weights <4*rows x i8> of columns 4 * quad to 4 * quad + 3), emitted as they are drawn;
+        narrow: they are 0..15, else -128..127 plus `offset`; xs: addresses of each token's 32 int8, -127..127.
+
+        Here products are summed in int16 as long as they fit: eight narrow ones are at most 15,240, two others 32,512.
         """
         b = self.b
-        for c in range(4):
-            lanes = ir.Constant(vector(I32, 16), [4 * lane + c for lane in range(16)])
-            wide = []
-            for bytes_, extend in ((unsigned, b.zext), (signed, b.sext)):
-                part = b.shuffle_vector(bytes_, ir.Constant(bytes_.type, ir.Undefined), lanes)
-                wide.append(extend(part, vector(I32, 16)))
-            total = b.add(total, b.mul(*wide))
-        return total
+        pairs: list = [None] * len(xs)
+        sums: list = [None] * len(xs)
+        for k, (quad, weights) in enumerate(codes):
+            wide = vector(I16, weights.type.count)
+            factor = b.sext(weights, wide)
+            for t, x in enumerate(xs):
+                product = b.mul(factor, b.sext(self.columns(x, quad, totals[t].type.count), wide))
+                sums[t] = product if sums[t] is None else b.add(sums[t], product)
+                if k == 7 or (k % 2 == 1 and not narrow):
+                    two = self.add_pairs(sums[t])
+                    pairs[t], sums[t] = two if pairs[t] is None else b.add(pairs[t], two), None
+        return [b.add(total, self.add_pairs(pair)) for total, pair in zip(totals, pairs, strict=True)]
+
+    def dot4(self, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        """Add to each int32 lane the four products of its bytes of weights, 0..127 + `offset`, and of x, -127..127."""
+        wide = vector(I16, x.type.count)
+        product = self.b.mul(self.b.sext(weights, wide), self.b.sext(x, wide))
+        return self.b.add(total, self.add_pairs(self.add_pairs(product)))
+
+    def add_pairs(self, values: ir.Value) -> ir.Value:
+        """Return the sums of neighbouring lanes as int32."""
+        count = values.type.count
+        two = [self.pick(values, range(first, count, 2)) for first in (0, 1)]
+        if values.type.element != I32:
+            two = [self.b.sext(part, vector(I32, count // 2)) for part in two]
+        return self.b.add(*two)
+
+    def pick(self, values: ir.Value, lanes: Iterable[int]) -> ir.Value:
+        """Return a vector of some lanes of another."""
+        lanes = [*lanes]
+        nothing = ir.Constant(values.type, ir.Undefined)
+        return self.b.shuffle_vector(values, nothing, ir.Constant(vector(I32, len(lanes)), lanes))
+
+    def by_parts(self, parts: int, operation: Callable[..., ir.Value], *vectors: ir.Value) -> ir.Value:
+        """Return the results, one after the other, of an operation on each of so many equal parts of vectors."""
+        if parts == 1:
+            return operation(*vectors)
+        results = []
+        for half in (0, 1):
+            picked = [self.pick(v, range(half * v.type.count // 2, (half + 1) * v.type.count // 2)) for v in vectors]
+            results.append(self.by_parts(parts // 2, operation, *picked))
+        count = 2 * results[0].type.count
+        return self.b.shuffle_vector(*results, ir.Constant(vector(I32, count), [*range(count)]))
+
+    def prefetch(self, address: ir.Value, size: int) -> None:
+        """Ask for `size` bytes `ahead` of an address, which need not exist."""
+        for line in range(self.ahead, self.ahead + size, 64) if self.ahead else ():
+            pointer = self.b.inttoptr(self.b.add(address, I64(line)), I8.as_pointer())
+            self.call("llvm.prefetch.p0i8", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
+
+    def call(self, name: str, ty: ir.Type, *args: ir.Value) -> ir.Value:
+        """Call an LLVM intrinsic."""
+        function = ir.FunctionType(ty, [a.type for a in args])
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, function, name), args)
 
     def counted_loop(self, count: ir.Value, state: list[ir.Value], body) -> list[ir.Value]:
         """Emit `for i in range(count): state = body(i, state)`, values in registers; return the final state."""
@@ -96,16 +213,147 @@ class Emitter:
         return results
 
 
-class Avx512Vnni(Emitter):
-    """AVX-512 with VNNI: one instruction for 64 products."""
+class DotProduct(Emitter):
+    """An instruction set with an instruction for dot products of four bytes, `native_dot4` on `dot_lanes` lanes."""
 
-    def dot4(self, total: ir.Value, unsigned: ir.Value, signed: ir.Value) -> ir.Value:
-        ty = ir.FunctionType(total.type, [total.type, unsigned.type, signed.type])
-        name = "llvm.x86.avx512.vpdpbusd.512"
-        return self.b.call(cgutils.get_or_insert_function(self.b.module, ty, name), [total, unsigned, signed])
+    dot_lanes: int
+
+    def block_dots(self, codes: Codes, narrow: bool, xs: list[ir.Value], totals: list[ir.Value]) -> list[ir.Value]:
+        rows = totals[0].type.count
+        for quad, weights in codes:
+            totals = [
+                self.dot4(total, weights, self.columns(x, quad, rows)) for x, total in zip(xs, totals, strict=True)
+            ]
+        return totals
+
+    def dot4(self, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        return self.by_parts(total.type.count // self.dot_lanes, self.native_dot4, total, weights, x)
+
+    def native_dot4(self, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        """Return dot4 of one register's lanes."""
+        raise NotImplementedError
 
 
-EMITTERS: dict[str, type[Emitter]] = {"avx512vnni": Avx512Vnni, "generic": Emitter}
+class Vnni(DotProduct):
+    """VNNI multiplies unsigned with signed bytes; its LLVM intrinsics are told by the registers' bits."""
+
+    offset = 128
+
+    def native_dot4(self, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        # As int32 lanes, the way LLVM had it until release 22, which still takes it so.
+        lanes = [self.b.bitcast(operand, total.type) for operand in (weights, x)]
+        return self.call(f"llvm.x86.avx512.vpdpbusd.{32 * self.dot_lanes}", total.type, total, *lanes)
+
+
+class Avx512Vnni(Vnni):
+    """AVX-512 with VNNI: 64 products an instruction, and 32 registers."""
+
+    dot_lanes = 16
+
+    def dot_shape(self, tokens: int, narrow: bool) -> tuple[int, int]:
+        return 16, tokens
+
+    def fma_shape(self, tokens: int) -> tuple[int, int]:
+        return 16, tokens
+
+
+class Avx2Vnni(Vnni):
+    """AVX2 with AVX-VNNI: 32 products an instruction, and 16 registers."""
+
+    dot_lanes = 8
+
+    def dot_shape(self, tokens: int, narrow: bool) -> tuple[int, int]:
+        return 16, min(tokens, 4)
+
+
+class Avx2(Emitter):
+    """AVX2: products of unsigned and signed bytes, added in pairs to int16, never so many that they saturate."""
+
+    def dot_shape(self, tokens: int, narrow: bool) -> tuple[int, int]:
+        return 8, min(tokens, 4 if narrow else 2)
+
+    def block_dots(self, codes: Codes, narrow: bool, xs: list[ir.Value], totals: list[ir.Value]) -> list[ir.Value]:
+        b, rows = self.b, totals[0].type.count
+        totals = list(totals)
+        sums: list = [None] * len(xs)
+        for quad, weights in codes:
+            minus = b.icmp_signed("<", weights, constant(I8, 4 * rows, 0))
+            size = b.select(minus, b.sub(constant(I8, 4 * rows, 0), weights), weights)
+            for t, address in enumerate(xs):
+                x = self.columns(address, quad, rows)
+                if narrow:  # a block's sixteen products in a lane are at most 30,480
+                    two = self.products(weights, x)
+                    sums[t] = two if sums[t] is None else b.add(sums[t], two)
+                else:  # w * x = |w| * (x with the sign of w)
+                    sign = self.call("llvm.x86.avx2.psign.b", x.type, x, weights)
+                    totals[t] = self.dot4(totals[t], size, sign)
+        if narrow:
+            totals = [b.add(total, self.add_pairs(two)) for total, two in zip(totals, sums, strict=True)]
+        return totals
+
+    def dot4(self, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        return self.b.add(total, self.add_pairs(self.products(weights, x)))
+
+    def products(self, weights: ir.Value, x: ir.Value) -> ir.Value:
+        """Return the sums of neighbouring bytes' products, at most 2 * 128 * 127, as int16."""
+
+        def native(weights: ir.Value, x: ir.Value) -> ir.Value:
+            return self.call("llvm.x86.avx2.pmadd.ub.sw", vector(I16, 16), weights, x)
+
+        return self.by_parts(x.type.count // 32, native, weights, x)
+
+    def add_pairs(self, values: ir.Value) -> ir.Value:
+        if values.type.element != I16:
+            return super().add_pairs(values)
+
+        def native(words: ir.Value) -> ir.Value:
+            return self.call("llvm.x86.avx2.pmadd.wd", vector(I32, 8), words, constant(I16, 16, 1))
+
+        return self.by_parts(values.type.count // 16, native, values)
+
+
+class Neon(Emitter):
+    """NEON, which multiplies by one lane of a register: four elements are loaded at once."""
+
+    ahead = 0
+
+    def dot_shape(self, tokens: int, narrow: bool) -> tuple[int, int]:
+        return 16, 1
+
+    def broadcast(self, address: ir.Value, index: int, element: ir.Type, count: int) -> ir.Value:
+        four = self.load(self.b.add(address, I64(4 * (index & ~3))), vector(element, 4), 4)
+        return self.pick(four, [index & 3] * count)
+
+    def add_pairs(self, values: ir.Value) -> ir.Value:
+        def native(eight: ir.Value) -> ir.Value:
+            if eight.type.element == I16:
+                return self.call("llvm.aarch64.neon.saddlp.v4i32.v8i16", vector(I32, 4), eight)
+            halves = self.pick(eight, range(4)), self.pick(eight, range(4, 8))
+            return self.call("llvm.aarch64.neon.addp.v4i32", vector(I32, 4), *halves)
+
+        return self.by_parts(values.type.count // 8, native, values)
+
+
+class NeonDot(DotProduct, Neon):
+    """NEON with dot product: 16 products of signed bytes an instruction."""
+
+    dot_lanes = 4
+
+    def dot_shape(self, tokens: int, narrow: bool) -> tuple[int, int]:
+        return (16, tokens) if tokens <= 2 else (8, 4)
+
+    def native_dot4(self, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        return self.call("llvm.aarch64.neon.sdot.v4i32.v16i8", total.type, total, weights, x)
+
+
+EMITTERS: dict[str, type[Emitter]] = {
+    "avx512vnni": Avx512Vnni,
+    "avx2vnni": Avx2Vnni,
+    "avx2": Avx2,
+    "neondot": NeonDot,
+    "neon": Neon,
+    "generic": Emitter,
+}
 EmitterHere = EMITTERS[ISA]
 
 

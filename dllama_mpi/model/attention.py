@@ -6,15 +6,14 @@ import math
 
 import numpy as np
 
-from ..kernels import elementwise
-from ..kernels.attention import attention
-from ..kernels.layout import BLOCK, ceil_to
+from ..kernels.layers import attention_half
+from ..kernels.layout import BLOCK, FORMATS, ceil_to
 from ..weights.checkpoint import Checkpoint
 from ..weights.tiles import load_vector
 from .batch import Batch
 from .config import ModelConfig
 from .context import Context
-from .linear import EMPTY, Activations, ColumnParallelLinear, RowParallelLinear
+from .linear import EMPTY, ColumnParallelLinear, RowParallelLinear, described
 
 
 class Attention:
@@ -39,6 +38,8 @@ class Attention:
         self.q_norm = load_vector(source, f"{name}.q_norm.weight", dim) if c.qk_norm else EMPTY
         self.k_norm = load_vector(source, f"{name}.k_norm.weight", dim) if c.qk_norm else EMPTY
         self.bias = self._joined_bias() if c.qkv_bias else EMPTY
+        self.matrices = described(self.q.matrix, self.k.matrix, self.v.matrix, self.o.matrix)
+        self.eps, self.scale = np.float32(c.rms_norm_eps), np.float32(1 / math.sqrt(dim))
 
     @property
     def width(self) -> int:
@@ -60,29 +61,18 @@ class Attention:
 
     def __call__(
         self,
-        x: Activations,
         residual: np.ndarray,
+        norm: np.ndarray,
         batch: Batch,
         angles: tuple[np.ndarray, np.ndarray],
         context: Context,
     ) -> None:
-        """Add the attention of normalised x to the residual (tokens, hidden) and fill the KV cache."""
-        c, n, threads = self.config, batch.tokens, context.threads
-        qkv = context.qkv[:n]
-        k_start, v_start = self.q.width, self.q.width + self.k.width
-        self.q(x, qkv, n, threads)
-        self.k(x, qkv[:, k_start:], n, threads)
-        self.v(x, qkv[:, v_start:], n, threads)
-        keys, values = context.cache.layer(self.layer)
-        heads = self.heads[1] - self.heads[0]
-        elementwise.rope_and_store(
-            qkv, self.bias, self.q_norm, self.k_norm, np.float32(c.rms_norm_eps), *angles, c.head_dim, heads, k_start,
-            v_start, keys, values, batch.slots, batch.positions,
+        """Add the attention of the normalised residual (tokens, hidden) to it, and fill the KV cache."""
+        c = self.config
+        attention_half(
+            context.format.marker, FORMATS[context.cache.kv_type].marker, self.matrices, residual, norm, self.eps,
+            *context.hidden.arrays(), context.qkv, self.bias, self.q_norm, self.k_norm, *angles, c.head_dim,
+            *self.heads, c.num_heads // c.num_kv_heads, *context.cache.layer(self.layer), batch.slots, batch.positions,
+            self.window, self.scale, *context.attended.arrays(), self.out_start, context.partial, context.threads,
         )  # fmt: skip
-        out = context.attended
-        attention(
-            qkv, keys, values, batch.slots, batch.positions, self.window, np.float32(1 / math.sqrt(c.head_dim)),
-            *self.heads, c.num_heads // c.num_kv_heads, out.values[:n], self.out_start, threads,
-        )  # fmt: skip
-        out.quantise(n)
-        self.o(out, residual, context.partial[:n], context.group, threads)
+        self.o.reduce(context.partial[: batch.tokens], residual, context.group)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..kernels import elementwise
+from ..kernels.layers import products
 from ..kernels.layout import BLOCK, ROWS, TileFormat, ceil_to
-from ..kernels.matmul import float_matmul, quantised_matmul
 from ..parallel.group import TensorParallelGroup
 from ..weights.checkpoint import Checkpoint
 from ..weights.tiles import TileMatrix, aligned_empty, load_matrix, load_vector
@@ -36,25 +36,23 @@ class Activations:
         """Return the Q80 arrays for the first tokens, as kernels that fill them take them."""
         return self.codes[:tokens], self.scales[:tokens], self.offsets[:tokens]
 
-    def quantise(self, tokens: int) -> None:
-        """Make the Q80 form of the first tokens' values, if there is one."""
-        if self.codes.size:
-            elementwise.quantise(self.values[:tokens], *self.quantised(tokens))
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return all four arrays, whole, in the order kernels take them."""
+        return self.values, self.codes, self.scales, self.offsets
+
+
+def described(*matrices: TileMatrix) -> np.ndarray:
+    """Return matrices as kernels take them, see `kernels.layers`; the matrices must outlive it."""
+    tiles = [m.tiles for m in matrices]
+    return np.array([[t.ctypes.data, t.strides[0], t.shape[0], t.shape[1]] for t in tiles], np.int64).ravel()
 
 
 def multiply(matrix: TileMatrix, x: Activations, out: np.ndarray, tokens: int, threads: int) -> None:
     """Compute out[:tokens, :rows] = x @ matrix^T for the whole tiles of the matrix.
 
-    out: (tokens, >= rows rounded up to 16) float32, rows contiguous.
+    out: (>= tokens, rows rounded up to 16) float32, contiguous.
     """
-    tiles = matrix.tiles
-    common = (matrix.format.marker, tiles.ctypes.data, tiles.strides[0], tiles.shape[0], tiles.shape[1])
-    target = (out.ctypes.data, out.strides[0], tokens, threads)
-    if matrix.format.quantised_activations:
-        inputs = (x.codes.ctypes.data, x.scales.ctypes.data, x.offsets.ctypes.data)
-        quantised_matmul(*common, *inputs, *target)
-    else:
-        float_matmul(*common, x.values.ctypes.data, x.values.strides[0], *target)
+    products(matrix.format.marker, described(matrix), x.values, x.codes, x.scales, x.offsets, out, tokens, threads)
 
 
 class ColumnParallelLinear:
@@ -67,10 +65,6 @@ class ColumnParallelLinear:
         self.bias = load_vector(source, f"{name}.bias", shape[0], rows) if bias else EMPTY
         self.width = ceil_to(rows[1] - rows[0], ROWS)
 
-    def __call__(self, x: Activations, out: np.ndarray, tokens: int, threads: int) -> None:
-        """Write X A_r^T, without the bias, into out (tokens, width)."""
-        multiply(self.matrix, x, out, tokens, threads)
-
 
 class RowParallelLinear:
     """Y = sum over ranks of X_r A_r^T, + b: the rank holds columns `cols` of A (out, in). One all-reduce."""
@@ -81,11 +75,7 @@ class RowParallelLinear:
         self.matrix = load_matrix(source, f"{name}.weight", shape, (0, shape[0]), cols, fmt)
         self.bias = load_vector(source, f"{name}.bias", shape[0]) if bias else EMPTY
 
-    def __call__(
-        self, x: Activations, residual: np.ndarray, out: np.ndarray, group: TensorParallelGroup, threads: int
-    ) -> None:
-        """Add Y to the residual (tokens, n) float32, by way of out, its like."""
-        tokens = len(residual)
-        multiply(self.matrix, x, out, tokens, threads)
-        group.all_reduce(out)
-        elementwise.add(residual, out, self.bias)
+    def reduce(self, partial: np.ndarray, residual: np.ndarray, group: TensorParallelGroup) -> None:
+        """Add Y to the residual, given this rank's term X_r A_r^T in partial; both (tokens, n) float32."""
+        group.all_reduce(partial)
+        elementwise.add(residual, partial, self.bias)

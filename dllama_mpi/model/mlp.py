@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..kernels import elementwise
+from ..kernels.layers import mlp_half
 from ..kernels.layout import BLOCK, ceil_to
 from ..weights.checkpoint import Checkpoint
 from .config import ModelConfig
 from .context import Context
-from .linear import Activations, ColumnParallelLinear, RowParallelLinear
+from .linear import ColumnParallelLinear, RowParallelLinear, described
 
 
 class MLP:
@@ -22,12 +22,14 @@ class MLP:
         self.up = ColumnParallelLinear(source, f"{name}.up_proj", shape, part, fmt, bias)
         self.down = RowParallelLinear(source, f"{name}.down_proj", shape[::-1], part, fmt, bias)
         self.width = ceil_to(part[1] - part[0], BLOCK)
+        self.matrices = described(self.gate.matrix, self.up.matrix, self.down.matrix)
+        self.biases = np.stack([self.gate.bias, self.up.bias])  # (2, 0) for none
+        self.eps = np.float32(config.rms_norm_eps)
 
-    def __call__(self, x: Activations, residual: np.ndarray, context: Context) -> None:
-        """Add the MLP of normalised x to the residual (tokens, hidden)."""
-        n, threads, inner = len(residual), context.threads, context.inner
-        up = context.up[:n]
-        self.gate(x, inner.values, n, threads)
-        self.up(x, up, n, threads)
-        elementwise.silu_mul(inner.values[:n], up, self.gate.bias, self.up.bias, *inner.quantised(n))
-        self.down(inner, residual, context.partial[:n], context.group, threads)
+    def __call__(self, residual: np.ndarray, norm: np.ndarray, context: Context) -> None:
+        """Add the MLP of the normalised residual (tokens, hidden) to it."""
+        mlp_half(
+            context.format.marker, self.matrices, residual, norm, self.eps, *context.hidden.arrays(), self.biases,
+            *context.inner.arrays(), context.up, context.partial, context.threads,
+        )  # fmt: skip
+        self.down.reduce(context.partial[: len(residual)], residual, context.group)

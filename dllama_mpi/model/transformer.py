@@ -9,7 +9,7 @@ import numpy as np
 from ..kernels import elementwise
 from ..kernels.layout import ROWS, ceil_to
 from ..weights.checkpoint import Checkpoint
-from ..weights.tiles import check_shape, load_matrix, load_vector
+from ..weights.tiles import aligned_empty, check_shape, load_matrix, load_vector
 from .attention import Attention
 from .batch import Batch
 from .config import ModelConfig
@@ -49,7 +49,7 @@ class ParallelLMHead:
 
     def __call__(self, x: Activations, tokens: int, threads: int) -> np.ndarray:
         """Return logits (tokens, the rank's rows) float32 of normalised x."""
-        out = np.empty((tokens, ceil_to(self.matrix.rows, ROWS)), np.float32)
+        out = aligned_empty((tokens, ceil_to(self.matrix.rows, ROWS)), np.float32)
         multiply(self.matrix, x, out, tokens, threads)
         return out[:, : self.matrix.rows]
 
@@ -59,7 +59,6 @@ class Layer:
 
     def __init__(self, source: Checkpoint, index: int, config: ModelConfig, context: Context) -> None:
         name = f"model.layers.{index}"
-        self.eps = np.float32(config.rms_norm_eps)
         self.attention_norm = load_vector(source, f"{name}.input_layernorm.weight", config.hidden_size)
         self.attention = Attention(source, index, config, context)
         self.mlp_norm = load_vector(source, f"{name}.post_attention_layernorm.weight", config.hidden_size)
@@ -69,11 +68,8 @@ class Layer:
         self, residual: np.ndarray, batch: Batch, angles: tuple[np.ndarray, np.ndarray], context: Context
     ) -> None:
         """Pass the residual (tokens, hidden) float32 through the layer, in place."""
-        n, x = batch.tokens, context.hidden
-        elementwise.rms_norm(residual, self.attention_norm, self.eps, x.values[:n], *x.quantised(n))
-        self.attention(x, residual, batch, angles, context)
-        elementwise.rms_norm(residual, self.mlp_norm, self.eps, x.values[:n], *x.quantised(n))
-        self.mlp(x, residual, context)
+        self.attention(residual, self.attention_norm, batch, angles, context)
+        self.mlp(residual, self.mlp_norm, context)
 
 
 class Transformer:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dllama_mpi.errors import UsageError
-from dllama_mpi.kernels import elementwise, runtime
+from dllama_mpi.kernels import elementwise, layers, runtime
 from dllama_mpi.kernels.attention import attention
 from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS
 from dllama_mpi.kernels.matmul import float_matmul, quantised_matmul
@@ -353,21 +353,46 @@ def test_rms_norm(tokens: int, size: int) -> None:
         assert (plain[:, size:] == 7).all()
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("cols", [32, 96])
+def described(*matrices: Bytes) -> np.ndarray:
+    """Return tiles as `kernels.layers` takes them."""
+    return np.array([[m.ctypes.data, m.strides[0], *m.shape[:2]] for m in matrices], np.int64).ravel()
+
+
+@every_format
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [1, 3, 9])
+def test_products_side_by_side(fmt: str, threads: int, tokens: int) -> None:
+    """Several matrices at once give what each gives alone."""
+    matrices = [packed(random(seed, rows, 96), fmt) for seed, rows in ((1, 48), (2, 16), (3, 20))]
+    x = random(4, tokens, 96)
+    codes = q80_like(x)
+    elementwise.quantise(x, *codes)
+    out = np.full((tokens, 48 + 16 + 32), np.nan, np.float32)
+    layers.products(FORMATS[fmt].marker, described(*matrices), x, *codes, out, tokens, threads)
+    np.testing.assert_array_equal(out, np.concatenate([matmul(m, fmt, x) for m in matrices], axis=1))
+
+
+@every_format
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("tokens", [1, 2, 17])
+@pytest.mark.parametrize("rows", [32, 96, 100])
 @pytest.mark.parametrize("bias", [False, True])
-def test_silu_mul(tokens: int, cols: int, bias: bool) -> None:
-    gate, up = 5 * random(1, tokens, cols), random(2, tokens, cols)
-    gate[0, :4] = [-200, 200, 1e4, -1e4]  # exp must neither overflow into NaN nor lose what is linear
-    biases = (random(3, cols - 3), random(4, cols - 3)) if bias else (EMPTY, EMPTY)
-    whole = [np.pad(b, (0, cols - b.size)) for b in biases]
-    ref = naive.silu_mul(gate + whole[0], up + whole[1])
-    plain, codes = gate.copy(), q80_like(gate)
-    elementwise.silu_mul(plain, up.copy(), *biases, *NO_CODES)
-    elementwise.silu_mul(gate, up, *biases, *codes)
-    np.testing.assert_allclose(gate, ref, rtol=3e-6, atol=1e-30)
-    np.testing.assert_array_equal(plain, gate)
-    assert_q80_of(gate, codes)
+def test_gate_up(fmt: str, threads: int, tokens: int, rows: int, bias: bool) -> None:
+    """The gated input of the down projection, from its parts."""
+    gate, up = packed(10 * random(1, rows, 64), fmt), packed(random(2, rows, 64), fmt)
+    x, width = random(3, tokens, 64), -(-rows // BLOCK) * BLOCK
+    codes = q80_like(x)
+    elementwise.quantise(x, *codes)
+    biases = np.stack([random(4, rows), random(5, rows)]) if bias else np.zeros((2, 0), np.float32)
+    sums = [matmul(m, fmt, x)[:, :rows] + (b if bias else 0) for m, b in zip((gate, up), biases, strict=True)]
+    ref = naive.padded(naive.silu_mul(*sums).astype(np.float32), 1, BLOCK)
+    inner, other = np.zeros((tokens, width), np.float32), np.zeros((tokens, width), np.float32)
+    quantised = FORMATS[fmt].quantised_activations
+    after = q80_like(inner) if quantised else NO_CODES
+    layers._gate_up(FORMATS[fmt].marker, described(gate, up), biases, x, *codes, inner, *after, other, tokens, threads)
+    np.testing.assert_allclose(inner, ref, rtol=4e-6, atol=1e-30)
+    if quantised:
+        assert_q80_of(inner, after)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -392,7 +417,9 @@ def test_rope_and_store(tokens: int, half_cache: bool, bias: bool, norm: bool) -
     biases = random(2, width) if bias else EMPTY
     norms = [random(seed, dim) if norm else EMPTY for seed in (3, 4)]
     slot_of, positions = rng.integers(0, slots, tokens), rng.permutation(length)[:tokens]
-    cache = [np.full((slots, kv_heads, length, dim), 7, np.uint16 if half_cache else np.float32) for _ in "kv"]
+    kind = np.uint16 if half_cache else np.float32
+    empty = np.full((slots, kv_heads, length, dim), 7, kind)
+    cache = laid_out(empty, empty)
 
     sums = qkv + biases if bias else qkv.copy()
     q, k, v = (
@@ -409,16 +436,34 @@ def test_rope_and_store(tokens: int, half_cache: bool, bias: bool, norm: bool) -
         qkv, biases, *norms, np.float32(1e-6), cos, sin, dim, q_heads, k_start, v_start, *cache, *indices
     )
     np.testing.assert_allclose(qkv[:, : q_heads * dim].reshape(q.shape), q, rtol=1e-5, atol=2e-6)
-    keys, values = (stored[slot_of, :, positions] for stored in cache)
+    where = np.arange(length)[:, None], np.arange(dim)
+    all_keys = cache[0][:, :, where[0] // ROWS, where[1], where[0] % ROWS]
+    all_values = cache[1][:, :, where[1] // ROWS, where[0], where[1] % ROWS]
+    keys, values = (stored[slot_of, :, positions] for stored in (all_keys, all_values))
     if half_cache:
         np.testing.assert_array_equal(values, naive.half(v).view(np.uint16))
         np.testing.assert_allclose(keys.view(np.float16).astype(np.float32), k, rtol=1e-3, atol=1e-4)
     else:
         np.testing.assert_array_equal(values, v)
         np.testing.assert_allclose(keys, k, rtol=1e-5, atol=2e-6)
-    for stored in cache:  # nothing else was written
+    for stored in (all_keys, all_values):  # nothing else was written
         stored[slot_of, :, positions] = 7
         assert (stored == 7).all()
+    for stored in cache:  # padding stays zero
+        assert np.count_nonzero(stored) == empty.size
+
+
+def laid_out(k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return keys and values (slots, heads, positions, dim) as the cache keeps them, zeros where nothing is."""
+    slots, heads, length, dim = k.shape
+    rows = -(-length // BLOCK) * BLOCK
+    keys = np.zeros((slots, heads, rows // ROWS, -(-dim // BLOCK) * BLOCK, ROWS), k.dtype)
+    values = np.zeros((slots, heads, -(-dim // ROWS), rows, ROWS), v.dtype)
+    for p in range(length):
+        for i in range(dim):
+            keys[:, :, p // ROWS, i, p % ROWS] = k[:, :, p, i]
+            values[:, :, i // ROWS, p, i % ROWS] = v[:, :, p, i]
+    return keys, values
 
 
 def attend(
@@ -432,13 +477,17 @@ def attend(
     out_start: int = 0,
     threads: int = 1,
 ) -> Floats:
-    """Return the attention (tokens, heads, head_dim) of a rank's heads by the kernel; q (tokens, heads, head_dim)."""
+    """Return the attention (tokens, heads, head_dim) of a rank's heads by the kernel; q (tokens, heads, head_dim).
+
+    cache: keys and values (slots, kv heads, positions, dim), float32 or the bits of float16.
+    """
     tokens, count, dim = q.shape
     out = np.full((tokens, out_start + count * dim + 5), -7, np.float32)
     flat = np.concatenate([q.reshape(tokens, -1), np.full((tokens, 4), np.nan, np.float32)], axis=1)
     indices = (slots.astype(np.int32), positions.astype(np.int32))
     scale = np.float32(dim**-0.5)
-    attention(flat, *cache, *indices, window, scale, *heads, group, out, out_start, threads)
+    marker = FORMATS["f16" if cache[0].dtype == np.uint16 else "f32"].marker
+    attention(marker, flat, *laid_out(*cache), *indices, window, scale, dim, *heads, group, out, out_start, threads)
     assert (out[:, :out_start] == -7).all()
     assert (out[:, out_start + count * dim :] == -7).all()
     return out[:, out_start : out_start + count * dim].reshape(q.shape)
@@ -485,8 +534,33 @@ def test_attention_looks_at_no_later_position() -> None:
     q, k, v = random(1, 1, 2, 16), random(2, 1, 2, 10, 16), random(3, 1, 2, 10, 16)
     zero, position = np.zeros(1, np.int64), np.array([5])
     before = attend(q, (k, v), zero, position, 3, (0, 2), 1)
-    k[:, :, 6:], v[:, :, 6:], k[:, :, :3], v[:, :, :3] = (np.nan,) * 4
+    k[:, :, 6:], v[:, :, 6:], k[:, :, :3], v[:, :, :3] = 1e4, -1e4, 1e4, -1e4
     np.testing.assert_array_equal(attend(q, (k, v), zero, position, 3, (0, 2), 1), before)
+
+
+@pytest.mark.parametrize("half_cache", [False, True])
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("heads", [(0, 8, 4), (3, 7, 4), (0, 2, 2)], ids=str)
+def test_attention_over_long_contexts(half_cache: bool, window: int, tokens: int, heads: tuple[int, int, int]) -> None:
+    """Several blocks of the online softmax; few heads and many threads cut the positions between threads."""
+    first, last, group = heads
+    dim, length, kv = 32, 1100, -(-last // group) - first // group
+    q, k, v = 2 * random(1, tokens, last, dim), random(2, 1, kv, length, dim), random(3, 1, kv, length, dim)
+    if half_cache:
+        k, v = (naive.half(a) for a in (k, v))
+    positions = np.arange(length - tokens, length)
+    whole = [np.repeat(a.astype(np.float32), 1, axis=1) for a in (k, v)]
+    cache = (k.view(np.uint16), v.view(np.uint16)) if half_cache else (k, v)
+    zero = np.zeros(tokens, np.int64)
+    got = attend(q[:, first:], cache, zero, positions, window, (first, last), group)
+    for h in range(first, last):
+        one = [a[0, h // group - first // group][None] for a in whole]
+        ref = naive.attention(q[:, h : h + 1], one[0], one[1], positions, window)
+        np.testing.assert_allclose(got[:, h - first : h - first + 1], ref, rtol=1e-5, atol=3e-6)
+    for threads in (2, 5):
+        again = attend(q[:, first:], cache, zero, positions, window, (first, last), group, threads=threads)
+        np.testing.assert_allclose(again, got, rtol=1e-5, atol=3e-6)
 
 
 def test_attention_to_scores_that_would_overflow() -> None:

@@ -105,7 +105,8 @@ def test_cache_and_buffers() -> None:
     c = ModelConfig.from_hf(CASES["llama3_gqa"].config)
     parts = shards(c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size, [1.0] * 2)
     for part in parts:
-        assert cache_bytes(c, part, "f16") == 2 * 2 * 1 * 16 * 2  # keys and values, layers, KV heads, head_dim, bytes
+        # Layers, KV heads, head_dim of keys (to 32s) and values (to 16s), bytes.
+        assert cache_bytes(c, part, "f16") == 2 * 1 * (32 + 16) * 2
         assert cache_bytes(c, part, "f32") == 2 * cache_bytes(c, part, "f16")
         assert 0 < buffer_bytes(c, part, 1, 2) < buffer_bytes(c, part, 100, 2)
         assert buffer_bytes(c, part, 100, 1) < buffer_bytes(c, part, 100, 2)

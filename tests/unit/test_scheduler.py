@@ -64,9 +64,10 @@ class Machine:
         """Add sequences and step until nothing is left; return the plans."""
         for each in sequences:
             self.scheduler.add(each)
-        plans = []
+        plans: list[Plan] = []
         while (plan := self.step()) is not None:
             plans.append(plan)
+            assert len(plans) < 1000, "the scheduler comes to no end"
         return plans
 
 

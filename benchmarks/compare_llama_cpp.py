@@ -1,0 +1,223 @@
+"""Compare this program with llama.cpp on the same weights, turn by turn; medians and ratios.
+
+python benchmarks/compare_llama_cpp.py --make llama3.2-1b DIR            # writes DIR/model.gguf and DIR/q40
+python benchmarks/compare_llama_cpp.py DIR [--llama-python PYTHON]       # PYTHON has llama-cpp-python
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import twins
+from report import ceilings, finish, say_ceilings, say_table
+
+from dllama_mpi.errors import DllamaError
+from dllama_mpi.model.shapes import SHAPES
+
+HERE = Path(__file__).resolve().parent
+PAUSE = 0.3  # seconds between turns: the other program's threads stop spinning
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: lengths as in `engine.bench.Test`, and threads."""
+
+    name: str
+    prompt: int
+    generated: int
+    depth: int
+    batch: int
+    threads: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one turn feeds."""
+        return self.batch * (self.prompt + self.generated)
+
+    def request(self) -> dict[str, Any]:
+        """Return what a worker is asked."""
+        lengths = {"prompt": self.prompt, "generated": self.generated, "depth": self.depth, "batch": self.batch}
+        return {"op": "run", **lengths, "threads": self.threads}
+
+
+def rows(most: int, depth: int) -> list[Row]:
+    """Return the comparisons: at all threads and at one."""
+    table = []
+    for threads in dict.fromkeys((most, 1)):
+        table.append(Row("decode at 100", 0, 64, 100, 1, threads))
+        table.append(Row("prefill 512", 512, 0, 0, 1, threads))
+    table.append(Row("decode x8 at 100", 0, 32, 100, 8, most))
+    table.append(Row(f"decode at {depth}", 0, 64, depth, 1, most))
+    return table
+
+
+class Worker:
+    """A process that measures one program."""
+
+    def __init__(self, command: list[str]) -> None:
+        """Start it and read what it says of itself."""
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"error: {' '.join(map(str, self.process.args))} ended without an answer")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send a request and return the answer."""
+        assert self.process.stdin is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The workers of both programs: llama.cpp takes any number of threads, this program one a worker."""
+
+    theirs: Worker
+    ours: dict[int, Worker]
+
+    @staticmethod
+    def start(folder: Path, python: str, threads: set[int]) -> Programs:
+        """Start all workers."""
+        theirs = Worker([python, str(HERE / "llama_cpp_worker.py"), str(folder / "model.gguf")])
+        command = [sys.executable, str(HERE / "own_worker.py"), str(folder / "q40")]
+        return Programs(theirs, {n: Worker([*command, str(n)]) for n in sorted(threads)})
+
+    def turn(self, row: Row, is_ours: bool) -> float:
+        """Return the seconds of one turn of one program."""
+        worker = self.ours[row.threads] if is_ours else self.theirs
+        time.sleep(PAUSE)
+        return float(worker.ask(row.request())["seconds"])
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in (self.theirs, *self.ours.values()):
+            worker.close()
+
+
+def agreement(programs: Programs, threads: int, vocabulary: int) -> dict[str, Any]:
+    """Compare the logits of both after the same tokens: the weights must be the same."""
+    tokens = np.random.default_rng(1).integers(vocabulary, size=48).tolist()
+    request = {"op": "logits", "tokens": tokens, "threads": threads}
+    ours, theirs = (np.array(w.ask(request)["logits"]) for w in (programs.ours[threads], programs.theirs))
+    return {
+        "largest_difference_over_std": float(np.abs(ours - theirs).max() / theirs.std()),
+        "correlation": float(np.corrcoef(ours, theirs)[0, 1]),
+        "same_best_token": bool(ours.argmax() == theirs.argmax()),
+    }
+
+
+def compare(programs: Programs, todo: list[Row], turns: int) -> list[dict[str, Any]]:
+    """Return the speeds of both, taken in turns, who begins changing too."""
+    samples: dict[tuple[Row, bool], list[float]] = {(row, who): [] for row in todo for who in (False, True)}
+    for turn in range(turns + 1):
+        for row in todo:
+            for is_ours in (False, True) if turn % 2 else (True, False):
+                seconds = programs.turn(row, is_ours)
+                if turn > 0:  # the first is the warm-up
+                    samples[row, is_ours].append(row.tokens / seconds)
+        print(f"turn {turn} of {turns} done", file=sys.stderr, flush=True)
+    report = []
+    for row in todo:
+        ours, theirs = samples[row, True], samples[row, False]
+        ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+        report.append(
+            {
+                "test": row.name,
+                "threads": row.threads,
+                "n_prompt": row.prompt,
+                "n_gen": row.generated,
+                "n_depth": row.depth,
+                "n_batch": row.batch,
+                "ours_tokens_per_s": statistics.median(ours),
+                "llama_cpp_tokens_per_s": statistics.median(theirs),
+                "ratio_of_medians": statistics.median(ours) / statistics.median(theirs),
+                "median_of_ratios": ratio,
+                "ours_samples_tokens_per_s": ours,
+                "llama_cpp_samples_tokens_per_s": theirs,
+            }
+        )
+    return report
+
+
+def options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="what --make wrote")
+    parser.add_argument(
+        "--make", nargs=2, metavar=("SHAPE", "DIR"), help=f"write the twins; SHAPE: {', '.join(SHAPES)}"
+    )
+    parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON", help="(default: this one)")
+    parser.add_argument("--turns", type=int, default=7, metavar="N", help="of each program and test (default: 7)")
+    parser.add_argument("--threads", type=int, metavar="N", help="(default: all cores)")
+    parser.add_argument("--depth", type=int, default=4000, metavar="N", help="of the long context (default: 4000)")
+    parser.add_argument("--tests", metavar="TEXT", help="only those whose name holds this")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
+    args = parser.parse_args()
+    if (args.folder is None) == (args.make is None):
+        parser.error("give DIR, or --make SHAPE DIR")
+    return args
+
+
+def main() -> None:
+    """Print the ceilings, a table and a line of JSON."""
+    args = options()
+    if args.make is not None:
+        try:
+            twins.make(args.make[0], Path(args.make[1]))
+        except DllamaError as error:
+            sys.exit(f"error: {error}")
+        return
+    from dllama_mpi.kernels import runtime
+
+    most = args.threads or runtime.most_threads()
+    limits = [ceilings(threads) for threads in dict.fromkeys((most, 1))]
+    for limit in limits:
+        say_ceilings(limit)
+    todo = [row for row in rows(most, args.depth) if args.tests is None or args.tests in row.name]
+    config = json.loads((args.folder / "source" / "config.json").read_text(encoding="utf-8"))
+    programs = Programs.start(args.folder, args.llama_python, {row.threads for row in todo} | {most})
+    same = agreement(programs, most, config["vocab_size"])
+    print(
+        f"the same weights: logits correlate to {same['correlation']:.5f}, largest difference"
+        f" {same['largest_difference_over_std']:.3f} standard deviations",
+        flush=True,
+    )
+    found = compare(programs, todo, args.turns)
+    size = sum(path.stat().st_size for path in (args.folder / "q40").glob("*.safetensors"))
+    size -= 2 * config["vocab_size"] * config["hidden_size"]  # rows of the table are looked up
+    about = {"ours": programs.ours[most].about, "llama_cpp": programs.theirs.about}
+    programs.close()
+    cells = []
+    for f in found:
+        reads = next(limit for limit in limits if limit["threads"] == f["threads"])["read_gb_per_s"]
+        share = "-" if f["n_prompt"] else f"{f['ours_tokens_per_s'] / f['n_batch'] * size / 1e9 / reads:.0%}"
+        speeds = (f"{f[key]:.1f}" for key in ("ours_tokens_per_s", "llama_cpp_tokens_per_s"))
+        cells.append([f["test"], str(f["threads"]), *speeds, f"{f['median_of_ratios']:.2f}", share])
+    say_table(["test", "threads", "ours t/s", "llama.cpp t/s", "ratio", "ours, of memory limit"], cells)
+    finish({"benchmark": "compare_llama_cpp", "about": about, "ceilings": limits, "agreement": same,
+            "weight_bytes": size, "turns": args.turns, "results": found}, args.json)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Measure each kernel, weight format and number of tokens against the machine's ceilings: a roofline.
+
+python benchmarks/kernels.py [--shape 8192x2048] [--formats q40,q80,f16,f32] [--tokens 1,8,64,512] [--plot roofline.png]
+
+A product of weights (rows, cols) with n tokens does rows * cols * n multiply-adds on the bytes of the weights, which
+come from memory: several matrices are used in turn. What a kernel can reach is the lesser of the arithmetic's ceiling
+and of the memory's bandwidth times the multiply-adds a byte. Attention reads keys and values instead of weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from report import COLOURS, add_output_options, ceilings, figure, finish, save, say_ceilings, say_table, whole_numbers
+
+from dllama_mpi.kernels import runtime
+from dllama_mpi.kernels.layout import FORMATS, TileFormat
+from dllama_mpi.model.linear import Activations, multiply
+from dllama_mpi.weights.random import RandomTensor
+from dllama_mpi.weights.tiles import TileMatrix, aligned_empty
+
+MEMORY = 256 << 20  # bytes of weights used in turn: several times the last cache
+SECONDS, LEAST_TIMES = 0.4, 5  # how long a case is measured, and how often at least
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel on one input. `run` does the work `times` times over, each on other memory.
+
+    Attributes:
+        macs: multiply-adds of one time. size: bytes it reads from memory. arithmetic: the ceiling's key.
+    """
+
+    kernel: str
+    kind: str
+    tokens: int
+    macs: float
+    size: float
+    times: int
+    arithmetic: str
+    run: Callable[[], None]
+
+    def measure(self, limits: dict[str, Any]) -> dict[str, Any]:
+        """Return the figures, beside what the ceilings allow."""
+        seconds = self._seconds() / self.times
+        intensity = self.macs / self.size
+        roof = min(limits[self.arithmetic], limits["read_gb_per_s"] * intensity)
+        return {
+            "kernel": self.kernel,
+            "kind": self.kind,
+            "tokens": self.tokens,
+            "microseconds": seconds * 1e6,
+            "gmac_per_s": self.macs / seconds / 1e9,
+            "read_gb_per_s": self.size / seconds / 1e9,
+            "mac_per_byte": intensity,
+            "roof_gmac_per_s": roof,
+            "share_of_roof": self.macs / seconds / 1e9 / roof,
+        }
+
+    def _seconds(self) -> float:
+        """Return the median of many times."""
+        self.run()
+        samples: list[float] = []
+        until = time.perf_counter() + SECONDS
+        while len(samples) < LEAST_TIMES or time.perf_counter() < until:
+            started = time.perf_counter()
+            self.run()
+            samples.append(time.perf_counter() - started)
+        return statistics.median(samples)
+
+
+def matmuls(fmt: TileFormat, rows: int, cols: int, counts: list[int], threads: int) -> Iterator[Case]:
+    """Yield the products of a weight format with each number of tokens."""
+    tensor = RandomTensor("weights", "F32", np.broadcast_to(np.float32(0), (rows, cols)))
+    one = TileMatrix(tensor.make_tiles((0, rows), (0, cols), fmt), rows, cols, fmt)
+    most = max(1, MEMORY // one.tiles.nbytes)
+    matrices = [one] + [TileMatrix(_copy(one.tiles), rows, cols, fmt) for _ in range(most - 1)]
+    most_tokens = max(counts)
+    x = Activations(most_tokens, cols, fmt)
+    x.values[:] = np.random.default_rng(0).standard_normal(x.values.shape, np.float32)
+    x.quantise(most_tokens)
+    out = aligned_empty((most_tokens, rows), np.float32)
+    arithmetic = "int8_dot_gmac_per_s" if fmt.quantised_activations else "f32_fma_gmac_per_s"
+    for tokens in counts:
+        used = matrices[: max(1, min(most, most * 32 // tokens))]  # many tokens: the arithmetic is what counts
+
+        def run(used: list[TileMatrix] = used, tokens: int = tokens) -> None:
+            for matrix in used:
+                multiply(matrix, x, out, tokens, threads)
+
+        size = one.tiles.nbytes
+        yield Case("matmul", fmt.name, tokens, float(rows * cols * tokens), size, len(used), arithmetic, run)
+
+
+def _copy(tiles: np.ndarray) -> np.ndarray:
+    copy = aligned_empty(tiles.shape)
+    copy[:] = tiles
+    return copy
+
+
+def options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="8192x2048", metavar="ROWSxCOLS", help="of the weights")
+    parser.add_argument("--formats", default=",".join(FORMATS), metavar="NAME,...")
+    parser.add_argument("--tokens", type=whole_numbers, default=[2**i for i in range(10)], metavar="N,...")
+    parser.add_argument("--nthreads", type=int, metavar="N", help="(default: all cores)")
+    add_output_options(parser)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print the ceilings, a table and a line of JSON, and draw a picture if asked."""
+    args = options()
+    threads = args.nthreads or runtime.most_threads()
+    limits = ceilings(threads)
+    say_ceilings(limits)
+    rows, cols = (int(part) for part in args.shape.split("x"))
+    cases = [
+        case for name in args.formats.split(",") for case in matmuls(FORMATS[name], rows, cols, args.tokens, threads)
+    ]
+    found = [case.measure(limits) for case in cases]
+    cells = [
+        [
+            f"{f['kernel']} {f['kind']}",
+            str(f["tokens"]),
+            f"{f['microseconds']:.0f}",
+            f"{f['gmac_per_s']:.1f}",
+            f"{f['read_gb_per_s']:.1f}",
+            f"{f['roof_gmac_per_s']:.0f}",
+            f"{f['share_of_roof']:.0%}",
+        ]
+        for f in found
+    ]
+    say_table(["kernel", "tokens", "µs", "GMAC/s", "GB/s", "roof GMAC/s", "share"], cells)
+    if args.plot is not None:
+        draw(found, limits, args.plot)
+    about = {"instruction_set": runtime.ISA, "rows": rows, "cols": cols}
+    finish({"benchmark": "kernels", **about, "ceilings": limits, "results": found}, args.json)
+
+
+def draw(found: list[dict[str, Any]], limits: dict[str, Any], path: str) -> None:
+    """Draw the roofline: multiply-adds a second over multiply-adds a byte."""
+    drawn, axes = figure()
+    x = np.geomspace(min(f["mac_per_byte"] for f in found) / 2, max(f["mac_per_byte"] for f in found) * 2, 200)
+    for name, style in (("int8_dot_gmac_per_s", "-"), ("f32_fma_gmac_per_s", "--")):
+        label = name.replace("_gmac_per_s", "").replace("_", " ")
+        axes.plot(
+            x, np.minimum(limits[name], limits["read_gb_per_s"] * x), style, color="#808080", label=f"ceiling {label}"
+        )
+    for kind, colour in zip(dict.fromkeys((f["kernel"], f["kind"]) for f in found), COLOURS, strict=False):
+        points = [f for f in found if (f["kernel"], f["kind"]) == kind]
+        measured = [f["gmac_per_s"] for f in points]
+        axes.plot([f["mac_per_byte"] for f in points], measured, "o-", color=colour, label=" ".join(kind))
+    axes.set(xscale="log", yscale="log", xlabel="multiply-adds a byte read", ylabel="GMAC/s")
+    axes.set_title(f"{runtime.ISA}, {limits['threads']} threads, {limits['read_gb_per_s']:.0f} GB/s")
+    axes.legend(frameon=False, fontsize=8)
+    axes.grid(alpha=0.3, which="both")
+    save(drawn, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Measure decode and prefill by context length and by sequences at once.
+
+python benchmarks/sweep.py --random llama3.2-1b --depths 0,512,1024,2048,4096 --batches 1,2,4,8,16 --plot sweep.png
+mpiexec -n 2 python benchmarks/sweep.py --model DIR        # any number of ranks
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+from report import COLOURS, add_output_options, figure, finish, save, say_table, whole_numbers
+
+from dllama_mpi.cli.options import add_model_options, load
+from dllama_mpi.engine.bench import Bench, Test
+from dllama_mpi.errors import DllamaError
+from dllama_mpi.log import progress
+from dllama_mpi.model.shapes import SHAPES
+from dllama_mpi.parallel.group import connect
+from dllama_mpi.parallel.launch import leave
+
+
+def options() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--random", choices=tuple(SHAPES), metavar="SHAPE", help="random weights of a known shape")
+    parser.add_argument("--depths", type=whole_numbers, default=[0, 512, 1024, 2048, 4096], metavar="N,...")
+    parser.add_argument("--batches", type=whole_numbers, default=[1, 2, 4, 8, 16], metavar="N,...")
+    parser.add_argument("--batch-depth", type=int, default=128, metavar="N", help="context of the batches")
+    parser.add_argument("--prompt", type=int, default=256, metavar="N", help="prompt tokens of a prefill")
+    parser.add_argument("--generated", type=int, default=32, metavar="N", help="steps of a decode")
+    parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
+    add_model_options(parser)
+    add_output_options(parser)
+    args = parser.parse_args()
+    if args.random is not None:
+        args.model = f"random:{args.random}"
+    return args
+
+
+def plan(args: argparse.Namespace) -> dict[str, list[Test]]:
+    """Return the tests of each line of the picture."""
+    return {
+        "decode by depth": [Test(0, args.generated, depth) for depth in args.depths],
+        "prefill by depth": [Test(args.prompt, 0, depth) for depth in args.depths],
+        "decode by batch": [Test(0, args.generated, args.batch_depth, batch) for batch in args.batches],
+    }
+
+
+def main() -> None:
+    """Print tables and a line of JSON, and draw a picture if asked."""
+    args = options()
+    todo = plan(args)
+    every = [test for tests in todo.values() for test in tests]
+    args.max_seq_len = max(test.positions for test in every)
+    try:
+        llm = load(args, connect(), max(test.batch for test in every))
+        bench = Bench(llm)
+        bench.measure_memory()
+    except DllamaError as error:
+        raise SystemExit(leave(error)) from None
+    with llm.session() as leads:
+        if not leads:
+            return
+        print(f"ceiling: memory reads {bench.read_rate / 1e9:.1f} GB/s (all ranks' threads together)", flush=True)
+        lines: dict[str, list[dict[str, Any]]] = {}
+        for name, tests in todo.items():
+            lines[name] = [bench.record(bench.run(test, args.repetitions)) for test in progress(tests, name, True)]
+            show(name, lines[name])
+    if args.plot is not None:
+        draw(lines, bench, args)
+    finish({"benchmark": "sweep", **bench.about(), "lines": lines}, args.json)
+
+
+def show(name: str, records: list[dict[str, Any]]) -> None:
+    """Print one line of the picture as a table."""
+    print(f"\n{name}")
+    rows = []
+    for record in records:
+        share = record["share_of_limit"]
+        rows.append(
+            [
+                record["test"],
+                f"{statistics.median(record['samples_ts']):.2f}",
+                f"{record['stddev_ts']:.2f}",
+                "-" if share is None else f"{record['weights_read_gb_per_s']:.1f}",
+                "-" if share is None else f"{record['kv_read_gb_per_s']:.1f}",
+                "-" if share is None else f"{share:.0%}",
+                f"{record['sync_share']:.1%}",
+            ]
+        )
+    say_table(["test", "t/s (median)", "±", "weights GB/s", "KV GB/s", "of limit", "sync"], rows)
+
+
+def draw(lines: dict[str, list[dict[str, Any]]], bench: Bench, args: argparse.Namespace) -> None:
+    """Draw tokens a second, and for decode what the memory would allow."""
+    import numpy as np
+
+    drawn, _ = figure(13, 4.5)
+    drawn.clear()
+    panels = drawn.subplots(1, len(lines))
+    for axes, (name, records), colour in zip(np.atleast_1d(panels), lines.items(), COLOURS, strict=False):
+        key = "n_batch" if name.endswith("batch") else "n_depth"
+        x = [record[key] for record in records]
+        axes.plot(x, [statistics.median(r["samples_ts"]) for r in records], "o-", color=colour, label="measured")
+        if name.startswith("decode"):
+            limits = [r["avg_ts"] / r["share_of_limit"] for r in records]
+            axes.plot(x, limits, "--", color="#808080", label="limit of the memory")
+        axes.set(title=name, ylabel="tokens/s", ylim=(0, None))
+        axes.set_xlabel("sequences at once" if key == "n_batch" else "tokens in the KV cache")
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+    about = bench.about()
+    drawn.suptitle(f"{about['model_filename']}, {about['weights']}, {about['n_ranks']} x {about['n_threads']} threads")
+    save(drawn, args.plot)
+
+
+if __name__ == "__main__":
+    main()

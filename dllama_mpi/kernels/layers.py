@@ -1,0 +1,172 @@
+"""The two halves of a decoder layer up to their all-reduce, each one compiled call.
+
+A half is a few parallel regions; between them one token's norms and rotations are done by the calling thread, because
+starting a region costs more than they do. A matrix is passed as four integers: the address of its first tile, the bytes
+from one row of tiles to the next, rows of tiles, tiles in a row; several stand one after another in one int64 array.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit, prange, types
+from numba.extending import intrinsic, overload
+
+from .attention import attention
+from .elementwise import quantise, quantise_row, rms_norm, rms_norm_row, rope_and_store, rope_and_store_row
+from .layout import BLOCK, ROWS
+from .rows import float_rows, quantised_rows
+from .simd import F32, I64, EmitterHere, address, constant, vector
+
+FIELDS = 4  # integers that describe a matrix
+
+
+@intrinsic
+def _silu_mul(typingctx, gate, up):
+    """Replace 32 floats at `gate` by silu(gate) * up; both addresses."""
+
+    def codegen(context, builder, signature, args):
+        e, b = EmitterHere(builder), builder
+        for half in range(2):
+            where, other = (b.add(at, I64(64 * half)) for at in args)
+            x, y = e.load(where, vector(F32, ROWS), 4), e.load(other, vector(F32, ROWS), 4)
+            one = constant(F32, ROWS, 1.0)
+            minus = b.fsub(constant(F32, ROWS, -0.0), x)
+            e.store(b.fmul(b.fdiv(x, b.fadd(one, e.exp(minus))), y), where, 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+def _rows(marker, m, first, last, x, codes, scales, offsets, y, y_stride, tokens):
+    """Multiply rows [first, last) of tiles of matrix m with activations; chosen by the marker's format."""
+    raise NotImplementedError  # compiled code only
+
+
+@overload(_rows)
+def _choose_rows(marker, m, first, last, x, codes, scales, offsets, y, y_stride, tokens):
+    if marker.dtype in (types.uint8, types.int8):
+
+        def quantised(marker, m, first, last, x, codes, scales, offsets, y, y_stride, tokens):
+            quantised_rows(marker, m[0], m[1], first, last, m[3], address(codes), address(scales), address(offsets), y,
+                           y_stride, tokens)  # fmt: skip
+
+        return quantised
+
+    def floats(marker, m, first, last, x, codes, scales, offsets, y, y_stride, tokens):
+        float_rows(marker, m[0], m[1], first, last, m[3], address(x), 4 * x.shape[1], y, y_stride, tokens)
+
+    return floats
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _share(marker, matrices, x, codes, scales, offsets, out, tokens, thread, threads):
+    """Do one thread's part of the products of several matrices whose outputs stand side by side."""
+    count, total = matrices.size // FIELDS, 0
+    for i in range(count):
+        total += matrices[FIELDS * i + 2]
+    begin, end, base = total * thread // threads, total * (thread + 1) // threads, 0
+    for i in range(count):
+        m = matrices[FIELDS * i : FIELDS * (i + 1)]
+        first, last = max(begin, base) - base, min(end, base + m[2]) - base
+        if first < last:
+            y = address(out) + 4 * ROWS * base
+            _rows(marker, m, first, last, x, codes, scales, offsets, y, 4 * out.shape[1], tokens)
+        base += m[2]
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def products(marker, matrices, x, codes, scales, offsets, out, tokens, threads):
+    """Multiply the first `tokens` rows of activations with several matrices, outputs side by side in out.
+
+    marker: the weights' format. matrices: see the module. x (tokens, cols) float32, codes, scales, offsets: its Q80
+    form, unused for f16 and f32 weights. out: (>= tokens, >= 16 * all rows of tiles) float32, contiguous.
+    """
+    for thread in prange(threads):
+        _share(marker, matrices, x, codes, scales, offsets, out, tokens, np.int64(thread), threads)
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _gate_up_share(marker, matrices, biases, x, codes, scales, offsets, inner, i_codes, i_scales, i_offsets, up, tokens,
+                   thread, threads):  # fmt: skip
+    gate_m, up_m = matrices[:FIELDS], matrices[FIELDS : 2 * FIELDS]
+    blocks, stride = inner.shape[1] // BLOCK, 4 * inner.shape[1]
+    for block in range(blocks * thread // threads, blocks * (thread + 1) // threads):
+        first, last = 2 * block, min(2 * block + 2, gate_m[2])
+        _rows(marker, gate_m, first, last, x, codes, scales, offsets, address(inner), stride, tokens)
+        _rows(marker, up_m, first, last, x, codes, scales, offsets, address(up), stride, tokens)
+        for t in range(tokens):
+            if biases.size > 0:
+                for i in range(BLOCK * block, min(BLOCK * block + BLOCK, biases.shape[1])):
+                    inner[t, i] += biases[0, i]
+                    up[t, i] += biases[1, i]
+            at = 4 * BLOCK * block + t * stride
+            _silu_mul(address(inner) + at, address(up) + at)
+            if i_codes.size > 0:
+                part = slice(BLOCK * block, BLOCK * block + BLOCK)
+                quantise_row(inner[t, part], i_codes[t, part], i_scales[t, block : block + 1],
+                             i_offsets[t, block : block + 1])  # fmt: skip
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _gate_up(marker, matrices, biases, x, codes, scales, offsets, inner, i_codes, i_scales, i_offsets, up, tokens,
+             threads):  # fmt: skip
+    for thread in prange(threads):
+        _gate_up_share(marker, matrices, biases, x, codes, scales, offsets, inner, i_codes, i_scales, i_offsets, up,
+                       tokens, np.int64(thread), threads)  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
+def _normalise(residual, norm, eps, x, codes, scales, offsets):
+    if residual.shape[0] > 1:
+        rms_norm(residual, norm, eps, x, codes, scales, offsets)
+    else:
+        rms_norm_row(residual[0], norm, eps, norm.size, x[0])
+        if codes.size > 0:
+            quantise_row(x[0], codes[0], scales[0], offsets[0])
+
+
+@njit(cache=True, nogil=True)
+def attention_half(marker, kv_marker, matrices, residual, norm, eps, x, codes, scales, offsets, qkv, bias, q_norm,
+                   k_norm, cos, sin, head_dim, first_head, last_head, group, keys, values, slots, positions, window,
+                   scale, attended, a_codes, a_scales, a_offsets, out_start, partial, threads):  # fmt: skip
+    """Write this rank's term of the attention's output into partial (tokens, hidden), and fill the KV cache.
+
+    matrices: q, k, v, o. residual: (tokens, hidden to 32s) float32. x, codes, scales, offsets: scratch for the
+    normalised input; qkv, attended...: scratch of the products' widths. The other arguments are those of
+    `rope_and_store` and `attention`.
+    """
+    tokens = residual.shape[0]
+    _normalise(residual, norm, eps, x[:tokens], codes[:tokens], scales[:tokens], offsets[:tokens])
+    products(marker, matrices[: 3 * FIELDS], x, codes, scales, offsets, qkv, tokens, threads)
+    k_start = ROWS * matrices[2]
+    v_start = k_start + ROWS * matrices[FIELDS + 2]
+    heads = last_head - first_head
+    if tokens > 1:
+        rope_and_store(qkv[:tokens], bias, q_norm, k_norm, eps, cos, sin, head_dim, heads, k_start, v_start, keys,
+                       values, slots, positions)  # fmt: skip
+    else:
+        rope_and_store_row(qkv[0], bias, q_norm, k_norm, eps, cos[0], sin[0], head_dim, heads, k_start, v_start,
+                           keys[slots[0]], values[slots[0]], positions[0])  # fmt: skip
+    attention(kv_marker, qkv[:tokens], keys, values, slots, positions, window, scale, head_dim, first_head, last_head,
+              group, attended[:tokens], out_start, threads)  # fmt: skip
+    if a_codes.size > 0:
+        if tokens > 1:
+            quantise(attended[:tokens], a_codes, a_scales, a_offsets)
+        else:
+            quantise_row(attended[0], a_codes[0], a_scales[0], a_offsets[0])
+    products(marker, matrices[3 * FIELDS :], attended, a_codes, a_scales, a_offsets, partial, tokens, threads)
+
+
+@njit(cache=True, nogil=True)
+def mlp_half(marker, matrices, residual, norm, eps, x, codes, scales, offsets, biases, inner, i_codes, i_scales,
+             i_offsets, up, partial, threads):  # fmt: skip
+    """Write this rank's term of the MLP's output into partial (tokens, hidden).
+
+    matrices: gate, up, down. biases: (2, n) of gate and up, or (0, 0). inner, up: (tokens, n to 32s) float32
+    scratch, zero where no product writes.
+    """
+    tokens = residual.shape[0]
+    _normalise(residual, norm, eps, x[:tokens], codes[:tokens], scales[:tokens], offsets[:tokens])
+    _gate_up(marker, matrices, biases, x, codes, scales, offsets, inner, i_codes, i_scales, i_offsets, up, tokens,
+             threads)  # fmt: skip
+    products(marker, matrices[2 * FIELDS :], inner, i_codes, i_scales, i_offsets, partial, tokens, threads)

@@ -1,0 +1,289 @@
+"""Every instruction set's kernels: run where this machine can, read as assembly where it cannot.
+
+The machine code is made for the oldest processor that has an instruction set, so that nothing newer helps it out.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import llvmlite.binding as llvm
+import numpy as np
+import pytest
+
+from dllama_mpi.errors import UsageError
+from dllama_mpi.kernels import runtime
+from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS
+from dllama_mpi.kernels.simd import EMITTERS
+from dllama_mpi.weights.tiles import aligned_empty
+from tests import naive
+from tests.naive import Floats
+from tests.unit import vector_code
+from tests.unit.vector_code import HOST, Compiled
+
+ROOT = Path(__file__).parents[2]
+X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
+ON_ARM = HOST.startswith(("aarch64", "arm64"))
+AARCH64_PYTHON = "DLLAMA_MPI_AARCH64_PYTHON"
+TOKENS = (1, 2, 4, 8)  # for how many kernels are compiled
+PROCESSORS = (
+    ("avx512vnni", "icelake-server", X86),
+    ("avx2vnni", "alderlake", X86),
+    ("avx2", "haswell", X86),
+    ("generic", "haswell", X86),
+    ("generic", "ivybridge", X86),
+    ("neondot", "cortex-a76", ARM),
+    ("neon", "cortex-a72", ARM),
+    ("generic", "cortex-a72", ARM),
+)
+
+every_processor = pytest.mark.parametrize(("isa", "cpu", "triple"), PROCESSORS)
+every_processor_of_this_kind = pytest.mark.parametrize(
+    ("isa", "cpu"), [(isa, cpu) for isa, cpu, triple in PROCESSORS if (triple == ARM) == ON_ARM]
+)
+every_kernel = pytest.mark.parametrize(("fmt", "tokens"), [*product(FORMATS, TOKENS)])
+
+
+def needs(isa: str) -> None:
+    """Skip unless this machine can run an instruction set."""
+    if isa not in runtime.host_isas():
+        pytest.skip(f"this processor offers {', '.join(runtime.host_isas())}, not {isa}")
+
+
+def assembly(isa: str, cpu: str, triple: str, fmt: str, tokens: int) -> str:
+    """Return a kernel's assembly, or skip where this LLVM cannot make it."""
+    try:
+        llvm.Target.from_triple(triple)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return vector_code.assembly(vector_code.tile_row(EMITTERS[isa], fmt, tokens), cpu, triple)
+
+
+def random(seed: int, *shape: int) -> Floats:
+    """Return normal float32 values."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def matmul(kernel: Compiled, matrix: Floats, fmt: str, x: Floats) -> Floats:
+    """Return x @ matrix^T (tokens, rows) by a kernel compiled for x's number of tokens."""
+    tiles = aligned_empty(FORMATS[fmt].shape(*matrix.shape))
+    tiles[:] = naive.pack(matrix, fmt)
+    x = naive.padded(x, 1, BLOCK)
+    codes, scales, offsets = naive.quantise_activations(x)
+    quantised = codes.astype(np.int8), scales, offsets.astype(np.int32)
+    y = np.full((len(x), ROWS * len(tiles) + 3), np.nan, np.float32)
+    for row in range(len(tiles)):
+        out = y.ctypes.data + 4 * ROWS * row, y.strides[0]
+        weights = tiles[row].ctypes.data, tiles.shape[1]
+        if FORMATS[fmt].quantised_activations:
+            kernel(*weights, *(a.ctypes.data for a in quantised), *out)
+        else:
+            kernel(*weights, x.ctypes.data, x.strides[0], *out)
+    assert np.isnan(y[:, -3:]).all()
+    assert not y[:, len(matrix) : -3].any()
+    return y[:, : len(matrix)]
+
+
+def largest(rng: np.random.Generator, rows: int, cols: int, choices: list[float]) -> Floats:
+    """Return blocks of the largest codes a format has, in runs of the same sign, where sums are largest."""
+    values = rng.choice(np.array(choices, np.float32), (rows, -(-cols // BLOCK)))
+    values = np.repeat(values, BLOCK, axis=1)[:, :cols]
+    values[:, ::BLOCK] = choices[0]
+    return values
+
+
+@every_kernel
+@every_processor_of_this_kind
+def test_tile_row(isa: str, cpu: str, fmt: str, tokens: int) -> None:
+    needs(isa)
+    kernel = Compiled(vector_code.tile_row(EMITTERS[isa], fmt, tokens), cpu)
+    rng = np.random.default_rng(1)
+    for rows, cols in ((1, 1), (16, 32), (17, 33), (40, 160)):
+        scales = (10.0 ** rng.uniform(-25, 4, (rows, 1))).astype(np.float32)
+        for matrix, x in (
+            (random(1, rows, cols), random(2, tokens, cols)),
+            (random(3, rows, cols) * scales, random(4, tokens, cols) * scales[0]),
+            (largest(rng, rows, cols, [-8, 7]), largest(rng, tokens, cols, [127, -127])),
+            (largest(rng, rows, cols, [127, -127]), largest(rng, tokens, cols, [-127, 127])),
+            (np.zeros((rows, cols), np.float32), random(5, tokens, cols)),
+            (random(6, rows, cols), np.zeros((tokens, cols), np.float32)),
+        ):
+            np.testing.assert_array_equal(matmul(kernel, matrix, fmt, x), naive.matmul(matrix, fmt, x))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@every_processor_of_this_kind
+def test_no_tiles_give_zeros(isa: str, cpu: str, fmt: str) -> None:
+    needs(isa)
+    kernel = Compiled(vector_code.tile_row(EMITTERS[isa], fmt, 8), cpu)
+    assert not matmul(kernel, np.zeros((5, 0), np.float32), fmt, np.zeros((8, 0), np.float32)).any()
+
+
+@every_processor_of_this_kind
+def test_dot4(isa: str, cpu: str) -> None:
+    needs(isa)
+    kernel = Compiled(vector_code.dot4(EMITTERS[isa], ROWS), cpu)
+    rng = np.random.default_rng(1)
+    for weights in (rng.integers(0, 128, 64), np.full(64, 127), np.zeros(64, int)):
+        for x in (rng.integers(-127, 128, 64), np.full(64, 127), np.full(64, -127)):
+            total = rng.integers(-(10**6), 10**6, ROWS).astype(np.int32)
+            ref = total + (weights * x).reshape(ROWS, 4).sum(axis=1)
+            operands = weights.astype(np.uint8), x.astype(np.int8)
+            kernel(total.ctypes.data, *(a.ctypes.data for a in operands))
+            np.testing.assert_array_equal(total, ref)
+
+
+@pytest.mark.parametrize("lanes", [4, 16])
+@every_processor_of_this_kind
+def test_exp(isa: str, cpu: str, lanes: int) -> None:
+    needs(isa)
+    x = np.concatenate([np.linspace(-110, 100, 80_000), random(1, 79_984)]).astype(np.float32)
+    smallest, most = np.float32(-87.33654), np.float32(88.72283)
+    special = [0, -0.0, np.inf, -np.inf, np.nan, smallest, most, -1e30, 1e30, 1e-40, np.nextafter(most, np.float32(99))]
+    x = np.concatenate([x, np.array([*special, 1, -1, 0.5, 88, -87], np.float32)])
+    y = np.empty_like(x)
+    Compiled(vector_code.exp(EMITTERS[isa], lanes), cpu)(x.ctypes.data, y.ctypes.data, x.size // lanes)
+    with np.errstate(over="ignore"):
+        exact = np.exp(x.astype(np.float64))
+        unit = np.spacing(exact.astype(np.float32))
+    normal = (x >= smallest) & (x <= most)
+    assert (np.abs(y[normal] - exact[normal]) <= unit[normal]).all()
+    assert not y[x < smallest].any()
+    assert (y[x > most] == np.inf).all()
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(x))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("fmt", ["q40", "q80"])
+@every_processor
+def test_instructions(isa: str, cpu: str, triple: str, fmt: str, tokens: int) -> None:
+    code = assembly(isa, cpu, triple, fmt, tokens)
+    products = {
+        "avx512vnni": r"vpdpbusd\t.*%zmm",
+        "avx2vnni": r"\{vex\}\s+vpdpbusd\t.*%ymm",
+        "avx2": r"vpmaddubsw\t.*%ymm",
+        "neondot": r"sdot\tv\d+\.4s, v\d+\.16b, v\d+\.4b\[\d\]",  # by a lane: no register is spent on copies
+        "neon": r"smlal2\tv\d+\.8h, v\d+\.16b, v\d+\.16b",
+    }
+    for other, pattern in products.items():
+        assert bool(re.search(pattern, code)) == (other == isa) or (isa, other) == ("generic", "neon"), other
+    if isa == "neon":
+        assert "saddlp" in code
+        assert "addp" in code
+
+
+@pytest.mark.parametrize("fmt", ["f16", "f32"])
+@pytest.mark.parametrize("isa", ["neon", "neondot"])
+def test_float_kernels_multiply_by_a_lane_on_arm(isa: str, fmt: str) -> None:
+    code = assembly(isa, "cortex-a76" if isa == "neondot" else "cortex-a72", ARM, fmt, 8)
+    assert re.search(r"fmla\tv\d+\.4s, v\d+\.4s, v\d+\.s\[\d\]", code)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The whole way through Numba, in a process of its own
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run_matmuls(python: str, isa: str, restrictions: dict[str, str]) -> None:
+    """Check a few matrix products of every format with an instruction set, in a new process."""
+    code = (
+        "from tests.unit import test_kernels; from dllama_mpi.kernels import runtime;"
+        "test_kernels.check_few_matmuls(); print(runtime.ISA)"
+    )
+    done = subprocess.run(
+        [python, "-W", "error", "-c", code],
+        env=os.environ | {runtime.ISA_VARIABLE: isa, "PYTHONPATH": str(ROOT)} | restrictions,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == isa
+
+
+@pytest.mark.parametrize(("isa", "cpu"), [("avx2vnni", "alderlake"), ("avx2", "haswell")])
+def test_older_processors(isa: str, cpu: str) -> None:
+    needs(isa)
+    run_matmuls(sys.executable, isa, {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""})
+
+
+def test_aarch64() -> None:
+    pythons = [p for p in os.environ.get(AARCH64_PYTHON, "").split(os.pathsep) if p]
+    if not pythons:
+        pytest.skip(f"{AARCH64_PYTHON} names no (emulated) python for 64-bit ARM")
+    code = "from dllama_mpi.kernels import runtime; print(*runtime.host_isas())"
+    for python in pythons:
+        offered = subprocess.run(
+            [python, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+        assert offered in (["neondot", "neon", "generic"], ["neon", "generic"])
+        for isa in offered:
+            run_matmuls(python, isa, {})
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Choosing
+# --------------------------------------------------------------------------------------------------------------------
+
+ALL_X86 = {"avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avxvnni"}
+
+
+@pytest.mark.parametrize(
+    ("has", "said", "name", "features", "offered"),
+    [
+        (ALL_X86, ALL_X86, None, None, "avx512vnni avx2vnni avx2 generic"),
+        (ALL_X86, ALL_X86, "haswell", "", "avx2 generic"),
+        (ALL_X86, ALL_X86, "haswell", None, "avx512vnni avx2vnni avx2 generic"),  # Numba adds the host's features
+        (ALL_X86, ALL_X86, "haswell", "+avxvnni", "avx2vnni avx2 generic"),
+        (ALL_X86, ALL_X86, None, "-avx512f", "avx2vnni avx2 generic"),
+        (ALL_X86, ALL_X86, "alderlake", "-avxvnni", "avx2 generic"),
+        (ALL_X86, ALL_X86, "unheard-of", "", "generic"),
+        (ALL_X86 - {"avxvnni"}, ALL_X86 - {"avxvnni"}, "alderlake", "", "avx2 generic"),
+        (ALL_X86 - {"f16c"}, ALL_X86 - {"f16c"}, None, None, "generic"),
+        ({"neon", "dotprod"}, {"neon"}, None, None, "neondot neon generic"),
+        ({"neon", "dotprod"}, {"neon"}, "cortex-a72", None, "neon generic"),
+        ({"neon", "dotprod"}, {"neon"}, "cortex-a72", "+dotprod", "neondot neon generic"),
+        ({"neon", "dotprod"}, {"neon"}, "cortex-a76", None, "neondot neon generic"),
+        ({"neon"}, {"neon"}, "cortex-a76", None, "neon generic"),
+        (set(), set(), None, None, "generic"),
+    ],
+)
+def test_what_a_processor_offers(
+    monkeypatch: pytest.MonkeyPatch, has: set[str], said: set[str], name: str, features: str, offered: str
+) -> None:
+    monkeypatch.setattr(runtime, "_host_features", lambda: (has, said))
+    monkeypatch.setattr(runtime.config, "CPU_NAME", name)
+    monkeypatch.setattr(runtime.config, "CPU_FEATURES", features)
+    monkeypatch.delenv(runtime.ISA_VARIABLE, raising=False)
+    assert " ".join(runtime.host_isas()) == offered
+    assert runtime.choose_isa() == offered.split()[0]
+    monkeypatch.setenv(runtime.ISA_VARIABLE, "neon" if "avx2" in has else "avx2")
+    with pytest.raises(UsageError, match=f"this processor offers {offered.replace(' ', ', ')};"):
+        runtime.choose_isa()
+
+
+def test_every_instruction_set_has_an_emitter() -> None:
+    assert tuple(EMITTERS) == runtime.ISAS
+    assert set(runtime.host_isas()) <= set(runtime.ISAS)
+
+
+def test_description() -> None:
+    assert runtime.describe().startswith(f"{runtime.ISA} on ")
+
+
+def test_dot_products_are_allowed_where_llvm_does_not_know_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.config, "CPU_NAME", None)
+    monkeypatch.setattr(runtime.config, "CPU_FEATURES", None)
+    runtime._allow_dot_product()
+    assert runtime.config.CPU_FEATURES.endswith("+dotprod")
+    for name, features in ((None, "+neon"), ("cortex-a76", None)):
+        monkeypatch.setattr(runtime.config, "CPU_NAME", name)
+        monkeypatch.setattr(runtime.config, "CPU_FEATURES", features)
+        runtime._allow_dot_product()
+        assert features == runtime.config.CPU_FEATURES
