@@ -21,9 +21,9 @@ def main() -> None:
     most = runtime.most_threads()
     counts = args.threads or sorted({*(2**i for i in range(most.bit_length()) if 2**i <= most), most})
     found = [ceilings(threads) for threads in counts]
-    names = list(found[0])
-    rows = [[str(f["threads"]), *(f"{f[name]:.1f}" for name in names[1:])] for f in found]
-    say_table(["threads", "memory GB/s", "int8 dot GMAC/s", "f32 FMA GMAC/s"], rows)
+    names = ("read_gb_per_s", "int8_dot_gmac_per_s", "f32_fma_gmac_per_s")
+    rows = [[str(f["threads"]), *(f"{f[n]:.1f}" for n in names), f"{f['others_cpu_share']:.0%}"] for f in found]
+    say_table(["threads", "memory GB/s", "int8 dot GMAC/s", "f32 FMA GMAC/s", "others' CPU"], rows)
     finish({"benchmark": "ceilings", "instruction_set": runtime.ISA, "ceilings": found}, args.json)
 
 

@@ -17,10 +17,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from report import COLOURS, add_output_options, ceilings, figure, finish, save, say_ceilings, say_table, whole_numbers
+from report import (
+    COLOURS,
+    Disturbance,
+    add_output_options,
+    ceilings,
+    figure,
+    finish,
+    save,
+    say_ceilings,
+    say_table,
+    whole_numbers,
+)
 
-from dllama_mpi.kernels import runtime
+from dllama_mpi.kernels import elementwise, runtime
+from dllama_mpi.kernels.attention import attention
 from dllama_mpi.kernels.layout import FORMATS, TileFormat
+from dllama_mpi.model.kv_cache import KVCache, bytes_per_position
 from dllama_mpi.model.linear import Activations, multiply
 from dllama_mpi.weights.random import RandomTensor
 from dllama_mpi.weights.tiles import TileMatrix, aligned_empty
@@ -84,7 +97,8 @@ def matmuls(fmt: TileFormat, rows: int, cols: int, counts: list[int], threads: i
     most_tokens = max(counts)
     x = Activations(most_tokens, cols, fmt)
     x.values[:] = np.random.default_rng(0).standard_normal(x.values.shape, np.float32)
-    x.quantise(most_tokens)
+    if fmt.quantised_activations:
+        elementwise.quantise(x.values, *x.quantised(most_tokens))
     out = aligned_empty((most_tokens, rows), np.float32)
     arithmetic = "int8_dot_gmac_per_s" if fmt.quantised_activations else "f32_fma_gmac_per_s"
     for tokens in counts:
@@ -98,6 +112,39 @@ def matmuls(fmt: TileFormat, rows: int, cols: int, counts: list[int], threads: i
         yield Case("matmul", fmt.name, tokens, float(rows * cols * tokens), size, len(used), arithmetic, run)
 
 
+def attentions(
+    kv_type: str, heads: tuple[int, int, int], depths: list[int], counts: list[int], threads: int
+) -> Iterator[Case]:
+    """Yield the attention of the last tokens of one sequence. heads: of queries, of keys and values; their size."""
+    query_heads, kv_heads, head_dim = heads
+    deepest = max(depths) + max(counts)
+    layers = max(1, MEMORY // (deepest * bytes_per_position(1, kv_heads, head_dim, kv_type)))
+    cache = KVCache(layers, 1, kv_heads, deepest, head_dim, kv_type)
+    rng = np.random.default_rng(0)
+    for layer in range(layers):
+        for part in cache.layer(layer):
+            values = rng.standard_normal(part.shape[-3:], np.float32)
+            part[:] = values if kv_type == "f32" else values.astype(np.float16).view(np.uint16)
+    scale, group = np.float32(head_dim**-0.5), query_heads // kv_heads
+    for depth in depths:
+        for tokens in counts:
+            queries = rng.standard_normal((tokens, query_heads * head_dim), np.float32)
+            positions = np.arange(depth, depth + tokens, dtype=np.int32)
+            slots, out = np.zeros(tokens, np.int32), np.zeros_like(queries)
+
+            inputs = (slots, positions, 0, scale, head_dim, 0, query_heads, group)
+
+            def run(q: np.ndarray = queries, inputs: tuple[Any, ...] = inputs, out: np.ndarray = out) -> None:
+                for layer in range(layers):
+                    attention(FORMATS[kv_type].marker, q, *cache.layer(layer), *inputs, out, 0, threads)
+
+            seen = float(np.sum(positions + 1.0))
+            size = bytes_per_position(1, kv_heads, head_dim, kv_type) * float(depth + tokens)
+            kind = f"{kv_type} at {depth}"
+            macs = 2 * seen * query_heads * head_dim
+            yield Case("attention", kind, tokens, macs, size, layers, "f32_fma_gmac_per_s", run)
+
+
 def _copy(tiles: np.ndarray) -> np.ndarray:
     copy = aligned_empty(tiles.shape)
     copy[:] = tiles
@@ -109,6 +156,9 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="8192x2048", metavar="ROWSxCOLS", help="of the weights")
     parser.add_argument("--formats", default=",".join(FORMATS), metavar="NAME,...")
+    parser.add_argument("--heads", default="32x8x64", metavar="QxKVxDIM", help="query heads, KV heads, their size")
+    parser.add_argument("--depths", type=whole_numbers, default=[128, 1024, 4096], metavar="N,...", help="of attention")
+    parser.add_argument("--attention-tokens", type=whole_numbers, default=[1, 256], metavar="N,...")
     parser.add_argument("--tokens", type=whole_numbers, default=[2**i for i in range(10)], metavar="N,...")
     parser.add_argument("--nthreads", type=int, metavar="N", help="(default: all cores)")
     add_output_options(parser)
@@ -119,13 +169,16 @@ def main() -> None:
     """Print the ceilings, a table and a line of JSON, and draw a picture if asked."""
     args = options()
     threads = args.nthreads or runtime.most_threads()
-    limits = ceilings(threads)
+    limits, noise = ceilings(threads), Disturbance()
     say_ceilings(limits)
     rows, cols = (int(part) for part in args.shape.split("x"))
     cases = [
         case for name in args.formats.split(",") for case in matmuls(FORMATS[name], rows, cols, args.tokens, threads)
     ]
     found = [case.measure(limits) for case in cases]
+    query_heads, kv_heads, head_dim = (int(part) for part in args.heads.split("x"))
+    attending = attentions("f16", (query_heads, kv_heads, head_dim), args.depths, args.attention_tokens, threads)
+    found += [case.measure(limits) for case in attending]
     cells = [
         [
             f"{f['kernel']} {f['kind']}",
@@ -141,8 +194,12 @@ def main() -> None:
     say_table(["kernel", "tokens", "µs", "GMAC/s", "GB/s", "roof GMAC/s", "share"], cells)
     if args.plot is not None:
         draw(found, limits, args.plot)
-    about = {"instruction_set": runtime.ISA, "rows": rows, "cols": cols}
-    finish({"benchmark": "kernels", **about, "ceilings": limits, "results": found}, args.json)
+    noise.say()
+    about = {"instruction_set": runtime.ISA, "rows": rows, "cols": cols, "heads": args.heads}
+    finish(
+        {"benchmark": "kernels", **about, "ceilings": limits, "others_cpu_share": noise.share(), "results": found},
+        args.json,
+    )
 
 
 def draw(found: list[dict[str, Any]], limits: dict[str, Any], path: str) -> None:
@@ -154,10 +211,12 @@ def draw(found: list[dict[str, Any]], limits: dict[str, Any], path: str) -> None
         axes.plot(
             x, np.minimum(limits[name], limits["read_gb_per_s"] * x), style, color="#808080", label=f"ceiling {label}"
         )
-    for kind, colour in zip(dict.fromkeys((f["kernel"], f["kind"]) for f in found), COLOURS, strict=False):
+    kinds = dict.fromkeys((f["kernel"], f["kind"]) for f in found)
+    for number, kind in enumerate(kinds):
         points = [f for f in found if (f["kernel"], f["kind"]) == kind]
+        style = {"marker": "os^vDP"[number // len(COLOURS)], "color": COLOURS[number % len(COLOURS)]}
         measured = [f["gmac_per_s"] for f in points]
-        axes.plot([f["mac_per_byte"] for f in points], measured, "o-", color=colour, label=" ".join(kind))
+        axes.plot([f["mac_per_byte"] for f in points], measured, label=" ".join(kind), **style)
     axes.set(xscale="log", yscale="log", xlabel="multiply-adds a byte read", ylabel="GMAC/s")
     axes.set_title(f"{runtime.ISA}, {limits['threads']} threads, {limits['read_gb_per_s']:.0f} GB/s")
     axes.legend(frameon=False, fontsize=8)

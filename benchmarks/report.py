@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from dllama_mpi.cli.options import table
 from dllama_mpi.kernels import probe, runtime
 
+CALM = 0.08  # share of the processors that others may take before figures are doubtful
 COLOURS = ("#1f4e79", "#c55a11", "#548235", "#7f6000", "#7030a0", "#808080")
 
 
@@ -25,14 +30,38 @@ def whole_numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
+class Disturbance:
+    """What share of this host's processors goes to others than these processes (by default this one alone)."""
+
+    def __init__(self, *pids: int) -> None:
+        self._pids = pids or (os.getpid(),)
+        self._before, self._started = self._used(), time.perf_counter()
+
+    def _used(self) -> float:
+        every, own = psutil.cpu_times(), [psutil.Process(pid).cpu_times() for pid in self._pids]
+        return float(every.user + every.system + every.nice - sum(t.user + t.system for t in own))
+
+    def share(self) -> float:
+        """Return the share since this object was made, 0 to 1."""
+        used, seconds = self._used() - self._before, time.perf_counter() - self._started
+        return max(0.0, used) / seconds / (psutil.cpu_count() or 1)
+
+    def say(self) -> None:
+        """Warn if the figures since then are not to be trusted."""
+        if self.share() > CALM:
+            print(f"other programs took {self.share():.0%} of the processors meanwhile: measure again when it is calm")
+
+
 def ceilings(threads: int) -> dict[str, Any]:
     """Measure what this many threads can do at best."""
     runtime.set_threads(threads)
+    noise = Disturbance()
     return {
         "threads": threads,
         "read_gb_per_s": probe.read_bandwidth(threads) / 1e9,
         "int8_dot_gmac_per_s": probe.dot_rate(threads) / 1e9,
         "f32_fma_gmac_per_s": probe.fma_rate(threads) / 1e9,
+        "others_cpu_share": noise.share(),
     }
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..kernels.elementwise import top_k
+from ..kernels.sampling import log_sum_exp, top_k
 
 NEVER = -np.inf
 
@@ -49,15 +49,6 @@ def penalise(logits: np.ndarray, row: np.void, history: np.ndarray, first_id: in
         logits[ids[mine]] -= (presence + frequency * counts[mine]).astype(np.float32)
 
 
-def log_sum_exp(logits: np.ndarray, temperature: float) -> float:
-    """Return log(sum(exp(logits / temperature))), temperature 0 counting as 1; -inf for no logits."""
-    if not logits.size:
-        return NEVER
-    largest = float(logits.max())
-    scaled = (logits - np.float32(largest)) * np.float32(1 / (temperature or 1.0))
-    return largest / (temperature or 1.0) + float(np.log(np.exp(scaled).sum(dtype=np.float64)))
-
-
 def local_best(logits: np.ndarray, rows: np.ndarray, first_id: int) -> np.ndarray:
     """Return this rank's part of every row's candidates as float64 (rows, 2 + 2 * k).
 
@@ -94,4 +85,4 @@ def merge(parts: list[np.ndarray]) -> list[Candidates]:
 def whole(logits: np.ndarray, temperature: float) -> Candidates:
     """Return the candidates of one row of all logits (vocabulary,) float32."""
     order = np.lexsort((np.arange(logits.size), -logits))
-    return Candidates(order, logits[order].astype(np.float64), NEVER, log_sum_exp(logits, temperature))
+    return Candidates(order, logits[order].astype(np.float64), NEVER, log_sum_exp(logits, temperature or 1.0))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from ..kernels.sampling import log_sum_exp
 from ..model.transformer import HEAD_ROWS, Transformer
 from ..parallel.group import TensorParallelGroup
-from .candidates import local_best, log_sum_exp, penalise
+from .candidates import local_best, penalise
 from .step import Step, Want
 
 

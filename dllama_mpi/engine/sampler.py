@@ -43,7 +43,8 @@ def choose(candidates: Candidates, params: SamplingParams, rng_value: float) -> 
         ids, probabilities, complete = ids[:keep], probabilities[:keep], True
     if params.min_p > 0:
         keep = int(np.searchsorted(-probabilities, -params.min_p * probabilities[:1].max(initial=0), "right"))
-        if keep == len(ids) and not complete:
+        least = params.min_p * float(probabilities[:1].max(initial=0))
+        if keep == len(ids) and not complete and np.exp(candidates.floor / params.temperature - total) >= least:
             return None
         ids, probabilities, complete = ids[:keep], probabilities[:keep], True
     mass = float(probabilities.sum())

@@ -17,71 +17,16 @@ numbers: a cache begins as zeros.
 from __future__ import annotations
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba import njit, prange
 
 from .layout import BLOCK, ROWS
 from .rows import float_rows
-from .simd import F32, I64, EmitterHere, address, constant, vector
+from .sampling import exponentials, largest
+from .simd import address
 
 POSITIONS = 256  # positions in a block of the online softmax
 QUERIES = 16  # most queries of an item, unless one token's group has more
 LONG = 512  # positions from which an item may be cut between threads
-
-
-def _row_intrinsic(emit):
-    """Return an intrinsic over n floats at an address (n a multiple of 16), made by emit(emitter, address, n, x)."""
-
-    @intrinsic
-    def over_row(typingctx, at, n, x):
-        def codegen(context, builder, signature, args):
-            return emit(EmitterHere(builder), *args)
-
-        return types.float32(types.int64, types.int64, types.float32), codegen
-
-    return over_row
-
-
-def _reduce(e, value, combine):
-    """Emit the reduction of a vector's 16 lanes by halves."""
-    width = value.type.count
-    while width > 1:
-        width //= 2
-        mask = ir.Constant(vector(ir.IntType(32), width), list(range(width, 2 * width)))
-        low = ir.Constant(vector(ir.IntType(32), width), list(range(width)))
-        undefined = ir.Constant(value.type, ir.Undefined)
-        value = combine(e.b.shuffle_vector(value, undefined, low), e.b.shuffle_vector(value, undefined, mask))
-    return e.b.extract_element(value, ir.IntType(32)(0))
-
-
-def _larger(e):
-    return lambda x, y: e.b.select(e.b.fcmp_ordered(">", x, y), x, y)
-
-
-def _emit_largest(e, at, n, x):
-    def body(i, state):
-        return [_larger(e)(state[0], e.load(e.b.add(at, e.b.mul(i, I64(4 * ROWS))), vector(F32, ROWS), 4))]
-
-    (result,) = e.counted_loop(e.b.sdiv(n, I64(ROWS)), [e.splat(x, ROWS)], body)
-    return _reduce(e, result, _larger(e))
-
-
-def _emit_exponentials(e, at, n, x):
-    shift = e.splat(x, ROWS)
-
-    def body(i, state):
-        where = e.b.add(at, e.b.mul(i, I64(4 * ROWS)))
-        value = e.exp(e.b.fsub(e.load(where, vector(F32, ROWS), 4), shift))
-        e.store(value, where, 4)
-        return [e.b.fadd(state[0], value)]
-
-    (result,) = e.counted_loop(e.b.sdiv(n, I64(ROWS)), [constant(F32, ROWS, 0.0)], body)
-    return _reduce(e, result, e.b.fadd)
-
-
-_largest = _row_intrinsic(_emit_largest)  # the larger of x and all values
-_exponentials = _row_intrinsic(_emit_exponentials)  # replaces values by exp(value - x) and returns their sum
 
 
 @njit(cache=True, nogil=True, inline="never")
@@ -112,9 +57,9 @@ def _attend(marker, queries, starts, stops, keys, values, first, last, scores, p
                 scores[q, :padded] = 0
                 part[q, 0] = 1
                 continue
-            top = _largest(row, padded, tops[q])
+            top = largest(row, padded, tops[q])
             fade = np.exp(tops[q] - top)
-            sums[q] = sums[q] * fade + _exponentials(row, padded, top)
+            sums[q] = sums[q] * fade + exponentials(row, padded, top, np.float32(1))
             tops[q] = top
             part[q, 0] = fade
         for q in range(n):
@@ -207,6 +152,10 @@ def attention(marker, q, keys, values, slots, positions, window, scale, head_dim
     items, most = runs * kv_heads * cuts, each * group
     sums, tops = np.zeros((items, most), np.float32), np.full((items, most), np.float32(-np.inf))
     partial = np.zeros((items if cuts > 1 else threads, most, values.shape[2] * ROWS), np.float32)
+    if threads == 1:
+        _take(marker, q, keys, values, slots, positions, window, scale, head_dim, first_head, last_head, group, out,
+              out_start, begins, runs, cuts, sums, tops, partial, 0, 1)  # fmt: skip
+        return
     for thread in prange(threads):
         _take(marker, q, keys, values, slots, positions, window, scale, head_dim, first_head, last_head, group, out,
               out_start, begins, runs, cuts, sums, tops, partial, np.int64(thread), threads)  # fmt: skip

@@ -72,14 +72,22 @@ def rms_norm(x, weight, eps, out, xq, xs, xc):
             quantise_row(out[t], xq[t], xs[t], xc[t])
 
 
+@njit(cache=True, nogil=True, inline="never")
+def _add_row(x, y, bias):
+    for i in range(x.size):
+        x[i] += y[i]
+    for i in range(bias.size):
+        x[i] += bias[i]
+
+
 @njit(cache=True, nogil=True, parallel=True)
 def add(x, y, bias):
     """Add y and a bias (empty for none) to x in place; x and y are (tokens, n) float32."""
+    if x.shape[0] == 1:
+        _add_row(x[0], y[0], bias)
+        return
     for t in prange(x.shape[0]):
-        for i in range(x.shape[1]):
-            x[t, i] += y[t, i]
-        for i in range(bias.size):
-            x[t, i] += bias[i]
+        _add_row(x[t], y[t], bias)
 
 
 @njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
@@ -128,19 +136,3 @@ def rope_and_store(qkv, bias, q_norm, k_norm, eps, cos, sin, head_dim, q_heads, 
     for t in prange(qkv.shape[0]):
         rope_and_store_row(qkv[t], bias, q_norm, k_norm, eps, cos[t], sin[t], head_dim, q_heads, k_start, v_start,
                            keys[slots[t]], values[slots[t]], positions[t])  # fmt: skip
-
-
-@njit(cache=True, nogil=True)
-def top_k(logits, ids, values):
-    """Write the largest logits of a row and their indices, best first, ties by lower index; k = ids.size."""
-    k, filled = ids.size, 0
-    for i in range(logits.size):
-        x = logits[i]
-        if filled == k and not x > values[k - 1]:
-            continue
-        j = filled if filled < k else k - 1
-        filled = min(filled + 1, k)
-        while j > 0 and x > values[j - 1]:
-            values[j], ids[j] = values[j - 1], ids[j - 1]
-            j -= 1
-        values[j], ids[j] = x, i

@@ -81,6 +81,9 @@ def products(marker, matrices, x, codes, scales, offsets, out, tokens, threads):
     marker: the weights' format. matrices: see the module. x (tokens, cols) float32, codes, scales, offsets: its Q80
     form, unused for f16 and f32 weights. out: (>= tokens, >= 16 * all rows of tiles) float32, contiguous.
     """
+    if threads == 1:
+        _share(marker, matrices, x, codes, scales, offsets, out, tokens, 0, 1)
+        return
     for thread in prange(threads):
         _share(marker, matrices, x, codes, scales, offsets, out, tokens, np.int64(thread), threads)
 
@@ -110,6 +113,10 @@ def _gate_up_share(marker, matrices, biases, x, codes, scales, offsets, inner, i
 @njit(cache=True, nogil=True, parallel=True)
 def _gate_up(marker, matrices, biases, x, codes, scales, offsets, inner, i_codes, i_scales, i_offsets, up, tokens,
              threads):  # fmt: skip
+    if threads == 1:
+        _gate_up_share(marker, matrices, biases, x, codes, scales, offsets, inner, i_codes, i_scales, i_offsets, up,
+                       tokens, 0, 1)  # fmt: skip
+        return
     for thread in prange(threads):
         _gate_up_share(marker, matrices, biases, x, codes, scales, offsets, inner, i_codes, i_scales, i_offsets, up,
                        tokens, np.int64(thread), threads)  # fmt: skip

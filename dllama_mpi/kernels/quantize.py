@@ -10,6 +10,7 @@ from .layout import BLOCK, ROWS
 from .simd import F16, F32, bf16_to_f32, narrow, widen
 
 BF16_BITS, PLAIN = 1, 0
+_LARGEST_HALF = np.float32(65504)  # of float16; what is beyond is sent as that
 
 
 def _memory_intrinsics(element):
@@ -140,7 +141,7 @@ def encode(x, payload):
             largest = np.float32(0)
             for i in range(BLOCK):
                 largest = max(largest, abs(x[b, i]))
-            scale = widen(narrow(largest / np.float32(127)))
+            scale = widen(narrow(min(largest / np.float32(127), _LARGEST_HALF)))
             inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
             _store_half(out, 0, scale)
             for i in range(BLOCK):
@@ -148,7 +149,7 @@ def encode(x, payload):
                 out[2 + i] = np.uint8(max(np.int32(-127), min(np.int32(127), code)) & 255)
         elif kind == 64:
             for i in range(BLOCK):
-                _store_half(out, i, x[b, i])
+                _store_half(out, i, max(-_LARGEST_HALF, min(_LARGEST_HALF, x[b, i])))
         else:
             for i in range(BLOCK):
                 _store_single(out, i, x[b, i])

