@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", default="demo", help="model directory (default: the bundled demo)")
     parser.add_argument("--weights", choices=WEIGHTS, help="(default: what a converted directory holds, else q40)")
     parser.add_argument("--max-seq-len", type=number(int, 1), metavar="N", help="positions (default: the model's)")
-    parser.add_argument("--kv-type", choices=("f16", "f32"), help="(default: f16; f32 with f32 weights)")
+    parser.add_argument("--kv-type", choices=("f16", "f32", "q80"), help="(default: f16; f32 with f32 weights)")
     parser.add_argument("--ranks", type=number(int, 1), metavar="N", help="show 1 to N ranks (default: up to 8)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         "kv_type": kv_type,
         "max_seq_len": positions,
         "instruction_set": runtime.ISA,
+        "processor": runtime.describe(),
         "max_ranks": config.num_heads,
     }
     counts = range(1, min(args.ranks or 8, config.num_heads) + 1)

@@ -64,7 +64,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="positions of the context (default: the model's, or what fits in memory)",
     )
     group.add_argument(
-        "--kv-type", choices=("f16", "f32"), help="type of the KV cache (default: f16; f32 with f32 weights)"
+        "--kv-type", choices=("f16", "f32", "q80"), help="type of the KV cache (default: f16; f32 with f32 weights)"
     )
     group = parser.add_argument_group("cluster")
     group.add_argument(
@@ -79,6 +79,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="threads a rank (default: the cores it may use, divided by the ranks that share them)",
     )
+    group.add_argument("--bind", action="store_true", help="keep each rank and thread on cores of its own")
     group.add_argument("--split", metavar="A,B,...", help="the ranks' shares of the model, for unlike machines: 3,1,1")
     group.add_argument(
         "--prefill-chunk", type=number(int, 1), default=256, metavar="N", help="prompt tokens a step (default: 256)"
@@ -137,17 +138,8 @@ def load(args: argparse.Namespace, group: TensorParallelGroup, max_batch: int = 
     """Build the model that the options describe."""
     from ..engine.llm import LLM
 
-    names = (
-        "tokenizer",
-        "weights",
-        "max_seq_len",
-        "kv_type",
-        "buffer_float_type",
-        "nthreads",
-        "split",
-        "prefill_chunk",
-    )
-    options = {name: getattr(args, name) for name in names}
+    names = "tokenizer weights max_seq_len kv_type buffer_float_type nthreads split prefill_chunk bind"
+    options = {name: getattr(args, name) for name in names.split()}
     return LLM(args.model, group=group, quiet=False, max_batch=max_batch, **options)
 
 

@@ -60,9 +60,10 @@ class Options:
         nthreads: threads a rank; None: the cores it may use, divided by the ranks that share them.
         max_seq_len: positions of the KV cache; None: the model's, or what fits in memory.
         max_batch: sequences that run at once. prefill_chunk: prompt tokens a step.
-        kv_type: "f16" or "f32"; None: f32 with f32 weights, else f16.
+        kv_type: "f16", "f32" or "q80"; None: f32 with f32 weights, else f16.
         split: the ranks' shares, such as "3,1,1"; None: equal.
         tokenizer: a tokenizer.json or a folder with one; None: the model's.
+        bind: keep each rank on cores of its own, and each of its threads on one.
         quiet: print nothing on stderr.
     """
 
@@ -76,6 +77,7 @@ class Options:
     kv_type: str | None = None
     split: str | None = None
     tokenizer: str | None = None
+    bind: bool = False
     quiet: bool = True
 
     def check(self) -> None:
@@ -152,10 +154,14 @@ class LLM:
     # ---- setting up
 
     def _threads(self, everybody: list[tuple[str, list[int]]]) -> int:
-        wanted = self.options.nthreads
+        wanted, cores = self.options.nthreads, runtime.usable_cores()
+        sharing = [rank for rank, other in enumerate(everybody) if other == (self.group.host, cores)]
+        if self.options.bind and len(cores) >= len(sharing):
+            place = sharing.index(self.group.rank)
+            cores = cores[len(cores) * place // len(sharing) : len(cores) * (place + 1) // len(sharing)]
+            runtime.bind(cores)
+            sharing = [self.group.rank]
         if wanted is None:
-            cores = runtime.usable_cores()
-            sharing = [other for other in everybody if other == (self.group.host, cores)]
             wanted = max(1, min(len(cores) // len(sharing), runtime.most_threads()))
         runtime.set_threads(wanted)
         return wanted

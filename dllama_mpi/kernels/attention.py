@@ -8,6 +8,13 @@ float16 bits:
 keys    (slots, kv_heads, positions / 16, head_dim to 32s, 16)
 values  (slots, kv_heads, head_dim to 16s / 16, positions, 16)
 
+or of int8 codes, with scales for 32 dimensions of a position, as float16 bits (empty for the other two):
+
+scales of keys    (slots, kv_heads, positions / 16, head_dim to 32s / 32, 16)
+scales of values  (slots, kv_heads, head_dim to 32s / 32, positions)
+
+Blocks of codes are widened into float32 scratch before they are multiplied.
+
 A work item is a KV head with the queries that read it: those of its group, of one or a few tokens of one sequence, so
 that keys and values are read once for all of them. It goes over the positions in blocks with a running maximum and sum
 (online softmax, arXiv:1805.02867). Memory beyond the written positions takes part with weight zero, so it must hold
@@ -19,35 +26,71 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-from .layout import BLOCK, ROWS
+from .layout import BLOCK, F32, ROWS
 from .rows import float_rows
 from .sampling import exponentials, largest
-from .simd import address
+from .simd import address, widen
 
 POSITIONS = 256  # positions in a block of the online softmax
 QUERIES = 16  # most queries of an item, unless one token's group has more
 LONG = 512  # positions from which an item may be cut between threads
+_F32 = F32.marker
 
 
 @njit(cache=True, nogil=True, inline="never")
-def _attend(marker, queries, starts, stops, keys, values, first, last, scores, part, sums, tops, out):
+def _scores(marker, queries, keys, key_scales, begin, rows, scratch, scores):
+    """Write queries (n, width) x keys of `rows` tiles from position `begin` on into scores (n, POSITIONS)."""
+    width = queries.shape[1]
+    if key_scales.size > 0:
+        for row in range(rows):
+            codes, scales = keys[begin // ROWS + row], key_scales[begin // ROWS + row]
+            for block in range(width // BLOCK):
+                for i in range(BLOCK * block, BLOCK * block + BLOCK):
+                    for p in range(ROWS):
+                        scratch[row * ROWS * width + ROWS * i + p] = np.float32(codes[i, p]) * widen(scales[block, p])
+        float_rows(_F32, address(scratch), 4 * ROWS * width, 0, rows, width // BLOCK, address(queries), 4 * width,
+                   address(scores), 4 * POSITIONS, queries.shape[0])  # fmt: skip
+    else:
+        step = keys.itemsize * ROWS * width
+        float_rows(marker, address(keys) + begin // ROWS * step, step, 0, rows, width // BLOCK, address(queries),
+                   4 * width, address(scores), 4 * POSITIONS, queries.shape[0])  # fmt: skip
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _weighted(marker, scores, values, value_scales, begin, padded, scratch, out):
+    """Write scores (n, >= padded) x values of `padded` positions from `begin` on into out (n, width)."""
+    rows, n = values.shape[0], out.shape[0]
+    if value_scales.size > 0:
+        for row in range(rows):
+            codes, scales = values[row], value_scales[row // 2]
+            for p in range(padded):
+                scale = widen(scales[begin + p])
+                for i in range(ROWS):
+                    scratch[(row * padded + p) * ROWS + i] = np.float32(codes[begin + p, i]) * scale
+        float_rows(_F32, address(scratch), 4 * ROWS * padded, 0, rows, padded // BLOCK, address(scores), 4 * POSITIONS,
+                   address(out), 4 * out.shape[1], n)  # fmt: skip
+    else:
+        step = values.itemsize * ROWS
+        float_rows(marker, address(values) + begin * step, step * values.shape[1], 0, rows, padded // BLOCK,
+                   address(scores), 4 * POSITIONS, address(out), 4 * out.shape[1], n)  # fmt: skip
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _attend(marker, queries, starts, stops, keys, key_scales, values, value_scales, first, last, scores, part, scratch,
+            sums, tops, out):  # fmt: skip
     """Attend with queries (n, head_dim to 32s) over the block-aligned positions [first, last).
 
-    starts, stops: (n,) the positions each query sees. keys, values: one slot's and head's. scores: (n, POSITIONS)
-    and part, like out, scratch. Writes sums and maxima of the softmax (n,) and the weighted sum of values, not yet
-    divided, into out (n, head_dim to 16s).
+    starts, stops: (n,) the positions each query sees. keys, values, their scales: one slot's and head's. scores
+    (n, POSITIONS), part, like out, and scratch: what their names say. Writes sums and maxima of the softmax (n,) and
+    the weighted sum of values, not yet divided, into out (n, head_dim to 32s).
     """
-    n, width = queries.shape
-    item = keys.itemsize
-    key_bytes, value_bytes = item * ROWS * width, item * ROWS * values.shape[1]
+    n = queries.shape[0]
     sums[:n], tops[:n] = 0, -np.inf
     out[:n] = 0
     for begin in range(first, last, POSITIONS):
         end = min(begin + POSITIONS, last)
         padded = (end - begin + BLOCK - 1) // BLOCK * BLOCK
-        at = address(keys) + begin // ROWS * key_bytes
-        float_rows(marker, at, key_bytes, 0, padded // ROWS, width // BLOCK, address(queries), 4 * width,
-                   address(scores), 4 * POSITIONS, n)  # fmt: skip
+        _scores(marker, queries, keys, key_scales, begin, padded // ROWS, scratch, scores)
         for q in range(n):
             low, high = max(0, starts[q] - begin), min(padded, stops[q] - begin)
             scores[q, : max(0, min(low, padded))] = -np.inf
@@ -67,9 +110,7 @@ def _attend(marker, queries, starts, stops, keys, values, first, last, scores, p
             if fade != 1:
                 for i in range(out.shape[1]):
                     out[q, i] *= fade
-        at = address(values) + begin * item * ROWS
-        float_rows(marker, at, value_bytes, 0, values.shape[0], padded // BLOCK, address(scores), 4 * POSITIONS,
-                   address(part), 4 * part.shape[1], n)  # fmt: skip
+        _weighted(marker, scores, values, value_scales, begin, padded, scratch, part[:n])
         for q in range(n):
             for i in range(out.shape[1]):
                 out[q, i] += part[q, i]
@@ -91,8 +132,8 @@ def _runs(slots, positions, most, begins):
 
 
 @njit(cache=True, nogil=True, inline="never")
-def _take(marker, q, keys, values, slots, positions, window, scale, head_dim, first_head, last_head, group, out,
-          out_start, begins, runs, cuts, sums, tops, partial, first_item, step):  # fmt: skip
+def _take(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
+          last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial, first_item, step):  # fmt: skip
     """Do items first_item, first_item + step, ...; see `attention`."""
     most, dims = sums.shape[1], partial.shape[2]
     kv_heads = keys.shape[1]
@@ -100,6 +141,7 @@ def _take(marker, q, keys, values, slots, positions, window, scale, head_dim, fi
     starts, stops = np.empty(most, np.int64), np.empty(most, np.int64)
     scores = np.empty((most, POSITIONS), np.float32)
     part = np.empty((most, dims), np.float32)
+    scratch = np.empty(POSITIONS * max(keys.shape[3], dims) if key_scales.size > 0 else 0, np.float32)
     for item in range(first_item, runs * kv_heads * cuts, step):
         piece, cut = item // cuts, item % cuts
         run, kv = piece // kv_heads, piece % kv_heads
@@ -120,8 +162,8 @@ def _take(marker, q, keys, values, slots, positions, window, scale, head_dim, fi
             first += POSITIONS * (blocks * cut // cuts)
         slot = slots[begins[run]]
         result = partial[item if cuts > 1 else first_item]
-        _attend(marker, queries[:n], starts, stops, keys[slot, kv], values[slot, kv], first, last, scores, part,
-                sums[item], tops[item], result)  # fmt: skip
+        _attend(marker, queries[:n], starts, stops, keys[slot, kv], key_scales[slot, kv], values[slot, kv],
+                value_scales[slot, kv], first, last, scores, part, scratch, sums[item], tops[item], result)  # fmt: skip
         if cuts == 1:
             n = 0
             for t in range(begins[run], begins[run + 1]):
@@ -133,14 +175,14 @@ def _take(marker, q, keys, values, slots, positions, window, scale, head_dim, fi
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def attention(marker, q, keys, values, slots, positions, window, scale, head_dim, first_head, last_head, group, out,
-              out_start, threads):  # fmt: skip
+def attention(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
+              last_head, group, out, out_start, threads):  # fmt: skip
     """Attend from each token to the positions of its slot up to its own.
 
-    marker: the empty array of the cache's format, f16 or f32. q: (tokens, >= heads*head_dim) float32, rotated, for
-    the rank's heads [first_head, last_head) of the whole model; keys, values: this rank's cache, see the module;
-    group: query heads a KV head; window: positions a token sees, itself included, or 0 for all; out: (tokens,
-    >= heads*head_dim) float32, written from column out_start on.
+    marker: the empty array of the cache's format, f16 or f32, or of f32 for int8 codes. q: (tokens, >= heads *
+    head_dim) float32, rotated, for the rank's heads [first_head, last_head) of the whole model; keys, values and
+    scales: this rank's cache, see the module; group: query heads a KV head; window: positions a token sees, itself
+    included, or 0 for all; out: (tokens, >= heads * head_dim) float32, written from column out_start on.
     """
     kv_heads = keys.shape[1]
     each = max(1, QUERIES // group)
@@ -153,12 +195,13 @@ def attention(marker, q, keys, values, slots, positions, window, scale, head_dim
     sums, tops = np.zeros((items, most), np.float32), np.full((items, most), np.float32(-np.inf))
     partial = np.zeros((items if cuts > 1 else threads, most, values.shape[2] * ROWS), np.float32)
     if threads == 1:
-        _take(marker, q, keys, values, slots, positions, window, scale, head_dim, first_head, last_head, group, out,
-              out_start, begins, runs, cuts, sums, tops, partial, 0, 1)  # fmt: skip
+        _take(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
+              last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial, 0, 1)  # fmt: skip
         return
     for thread in prange(threads):
-        _take(marker, q, keys, values, slots, positions, window, scale, head_dim, first_head, last_head, group, out,
-              out_start, begins, runs, cuts, sums, tops, partial, np.int64(thread), threads)  # fmt: skip
+        _take(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
+              last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial, np.int64(thread),
+              threads)  # fmt: skip
     if cuts > 1:
         _merge(
             partial, sums, tops, begins, runs, kv_heads, cuts, head_dim, first_head, last_head, group, out, out_start

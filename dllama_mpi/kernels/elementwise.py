@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 
 from .layout import BLOCK, ROWS
 from .runtime import FASTMATH
-from .simd import F16, I16
+from .simd import F16, I8, I16, narrow, widen
 
 
 @intrinsic
@@ -20,6 +20,8 @@ def _as_element(typingctx, array, value):
     def codegen(context, builder, signature, args):
         if signature.return_type == types.float32:
             return args[1]
+        if signature.return_type == types.int8:  # codes are not made here
+            return builder.fptosi(args[1], I8)
         return builder.bitcast(builder.fptrunc(args[1], F16), I16)
 
     return array.dtype(array, types.float32), codegen
@@ -100,9 +102,42 @@ def _rotate(head, cos, sin):
 
 
 @njit(cache=True, nogil=True, inline="never")
-def rope_and_store_row(row, bias, q_norm, k_norm, eps, cos, sin, head_dim, q_heads, k_start, v_start, keys, values,
-                       position):  # fmt: skip
-    """Do one token's part of `rope_and_store`; keys and values are its slot's."""
+def _codes_of(x, codes):
+    """Quantise up to 32 floats to int8 codes; return their scale as float16 bits."""
+    largest = np.float32(0)
+    for i in range(x.size):
+        largest = max(largest, abs(x[i]))
+    scale = narrow(largest / np.float32(127))
+    inverse = np.float32(1) / widen(scale) if widen(scale) > 0 else np.float32(0)
+    for i in range(x.size):
+        codes[i] = np.int8(max(np.float32(-127), min(np.float32(127), np.rint(x[i] * inverse))))
+    return scale
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _store(key, value, keys, key_scales, values, value_scales, position):
+    """Put one head's key and value (head_dim,) float32 at a position of its cache."""
+    tile, lane = position // ROWS, position % ROWS
+    if key_scales.size == 0:
+        for i in range(key.size):
+            keys[tile, i, lane] = _as_element(keys, key[i])
+            values[i // ROWS, position, i % ROWS] = _as_element(values, value[i])
+        return
+    codes = np.empty(BLOCK, np.int8)
+    for start in range(0, key.size, BLOCK):
+        stop = min(start + BLOCK, key.size)
+        key_scales[tile, start // BLOCK, lane] = _codes_of(key[start:stop], codes)
+        for i in range(start, stop):
+            keys[tile, i, lane] = codes[i - start]
+        value_scales[start // BLOCK, position] = _codes_of(value[start:stop], codes)
+        for i in range(start, stop):
+            values[i // ROWS, position, i % ROWS] = codes[i - start]
+
+
+@njit(cache=True, nogil=True, inline="never")
+def rope_and_store_row(row, bias, q_norm, k_norm, eps, cos, sin, head_dim, q_heads, k_start, v_start, keys, key_scales,
+                       values, value_scales, position):  # fmt: skip
+    """Do one token's part of `rope_and_store`; the cache is its slot's."""
     if bias.size > 0:
         for i in range(bias.size):
             row[i] += bias[i]
@@ -116,23 +151,21 @@ def rope_and_store_row(row, bias, q_norm, k_norm, eps, cos, sin, head_dim, q_hea
         if k_norm.size > 0:
             rms_norm_row(head, k_norm, eps, head_dim, head)
         _rotate(head, cos, sin)
-        for i in range(head_dim):
-            keys[h, position // ROWS, i, position % ROWS] = _as_element(keys, head[i])
         value = row[v_start + h * head_dim : v_start + (h + 1) * head_dim]
-        for i in range(head_dim):
-            values[h, i // ROWS, position, i % ROWS] = _as_element(values, value[i])
+        _store(head, value, keys[h], key_scales[h], values[h], value_scales[h], position)
 
 
 @njit(cache=True, nogil=True, parallel=True)
-def rope_and_store(qkv, bias, q_norm, k_norm, eps, cos, sin, head_dim, q_heads, k_start, v_start, keys, values, slots,
-                   positions):  # fmt: skip
+def rope_and_store(qkv, bias, q_norm, k_norm, eps, cos, sin, head_dim, q_heads, k_start, v_start, keys, key_scales,
+                   values, value_scales, slots, positions):  # fmt: skip
     """Finish queries and keys in place and put keys and values into the cache.
 
     qkv: (tokens, n) float32, q heads from 0, k heads from k_start, v heads from v_start; bias: (n,) or empty;
     q_norm, k_norm: (head_dim,) RMSNorm weights a head, or empty; cos, sin: (tokens, head_dim / 2) float32, the
-    rotary embedding in half-split order (arXiv:2104.09864); keys, values: the cache, see `kernels.attention`;
-    slots, positions: (tokens,) int32.
+    rotary embedding in half-split order (arXiv:2104.09864); keys, values and scales: the cache, see
+    `kernels.attention`; slots, positions: (tokens,) int32.
     """
     for t in prange(qkv.shape[0]):
+        slot = slots[t]
         rope_and_store_row(qkv[t], bias, q_norm, k_norm, eps, cos[t], sin[t], head_dim, q_heads, k_start, v_start,
-                           keys[slots[t]], values[slots[t]], positions[t])  # fmt: skip
+                           keys[slot], key_scales[slot], values[slot], value_scales[slot], positions[t])  # fmt: skip

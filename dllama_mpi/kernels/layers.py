@@ -134,8 +134,9 @@ def _normalise(residual, norm, eps, x, codes, scales, offsets):
 
 @njit(cache=True, nogil=True)
 def attention_half(marker, kv_marker, matrices, residual, norm, eps, x, codes, scales, offsets, qkv, bias, q_norm,
-                   k_norm, cos, sin, head_dim, first_head, last_head, group, keys, values, slots, positions, window,
-                   scale, attended, a_codes, a_scales, a_offsets, out_start, partial, threads):  # fmt: skip
+                   k_norm, cos, sin, head_dim, first_head, last_head, group, keys, key_scales, values, value_scales,
+                   slots, positions, window, scale, attended, a_codes, a_scales, a_offsets, out_start, partial,
+                   threads):  # fmt: skip
     """Write this rank's term of the attention's output into partial (tokens, hidden), and fill the KV cache.
 
     matrices: q, k, v, o. residual: (tokens, hidden to 32s) float32. x, codes, scales, offsets: scratch for the
@@ -150,12 +151,13 @@ def attention_half(marker, kv_marker, matrices, residual, norm, eps, x, codes, s
     heads = last_head - first_head
     if tokens > 1:
         rope_and_store(qkv[:tokens], bias, q_norm, k_norm, eps, cos, sin, head_dim, heads, k_start, v_start, keys,
-                       values, slots, positions)  # fmt: skip
+                       key_scales, values, value_scales, slots, positions)  # fmt: skip
     else:
         rope_and_store_row(qkv[0], bias, q_norm, k_norm, eps, cos[0], sin[0], head_dim, heads, k_start, v_start,
-                           keys[slots[0]], values[slots[0]], positions[0])  # fmt: skip
-    attention(kv_marker, qkv[:tokens], keys, values, slots, positions, window, scale, head_dim, first_head, last_head,
-              group, attended[:tokens], out_start, threads)  # fmt: skip
+                           keys[slots[0]], key_scales[slots[0]], values[slots[0]], value_scales[slots[0]],
+                           positions[0])  # fmt: skip
+    attention(kv_marker, qkv[:tokens], keys, key_scales, values, value_scales, slots, positions, window, scale,
+              head_dim, first_head, last_head, group, attended[:tokens], out_start, threads)  # fmt: skip
     if a_codes.size > 0:
         if tokens > 1:
             quantise(attended[:tokens], a_codes, a_scales, a_offsets)

@@ -149,6 +149,22 @@ if ISA == "neondot":
 config.CACHE_DIR = _cache_folder(ISA)  # type: ignore[attr-defined]
 
 
+# How long GNU's OpenMP lets a thread spin for work before it sleeps, in rounds of about 40 cycles. Its default, a few
+# milliseconds, makes every parallel region wait that long when another program takes one of the cores.
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+
+def bind(cores: list[int]) -> None:
+    """Keep this process on `cores`, and each of its kernels' threads on one of them.
+
+    Threads are bound where OpenMP is not running yet, that is, before the first kernel is compiled or run.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+    os.environ.setdefault("OMP_PLACES", ",".join(f"{{{core}}}" for core in cores))
+    os.environ.setdefault("OMP_PROC_BIND", "close")
+
+
 def usable_cores() -> list[int]:
     """Return the processors this process may run on."""
     if hasattr(os, "sched_getaffinity"):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from ..kernels.layers import attention_half
-from ..kernels.layout import BLOCK, FORMATS, ceil_to
+from ..kernels.layout import BLOCK, ceil_to
 from ..weights.checkpoint import Checkpoint
 from ..weights.tiles import load_vector
 from .batch import Batch
@@ -70,7 +70,7 @@ class Attention:
         """Add the attention of the normalised residual (tokens, hidden) to it, and fill the KV cache."""
         c = self.config
         attention_half(
-            context.format.marker, FORMATS[context.cache.kv_type].marker, self.matrices, residual, norm, self.eps,
+            context.format.marker, context.cache.marker, self.matrices, residual, norm, self.eps,
             *context.hidden.arrays(), context.qkv, self.bias, self.q_norm, self.k_norm, *angles, c.head_dim,
             *self.heads, c.num_heads // c.num_kv_heads, *context.cache.layer(self.layer), batch.slots, batch.positions,
             self.window, self.scale, *context.attended.arrays(), self.out_start, context.partial, context.threads,

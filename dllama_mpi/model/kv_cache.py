@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..kernels.layout import BLOCK, ROWS, ceil_div, ceil_to
+from ..kernels.layout import BLOCK, FORMATS, ROWS, ceil_div, ceil_to
 
-KV_TYPES = {"f16": np.uint16, "f32": np.float32}
+KV_TYPES = {"f16": np.uint16, "f32": np.float32, "q80": np.int8}
 
 
 class KVCache:
     """One slot for each sequence that runs at once, laid out as `kernels.attention` says.
 
     Memory is taken from the system as positions are written, not when the cache is made.
+
+    Attributes:
+        marker: what kernels take as the cache's format.
     """
 
     def __init__(self, layers: int, slots: int, kv_heads: int, positions: int, head_dim: int, kv_type: str) -> None:
         rows, width = ceil_to(positions, BLOCK), ceil_to(head_dim, BLOCK)
-        self.kv_type = kv_type
+        self.marker = FORMATS["f32" if kv_type == "q80" else kv_type].marker
         # Zeros: what is not written yet is multiplied by zero, and must be a number.
-        self._keys = np.zeros((layers, slots, kv_heads, rows // ROWS, width, ROWS), KV_TYPES[kv_type])
-        self._values = np.zeros((layers, slots, kv_heads, ceil_div(head_dim, ROWS), rows, ROWS), KV_TYPES[kv_type])
+        every, blocks = (layers, slots, kv_heads), width // BLOCK
+        self._keys = np.zeros((*every, rows // ROWS, width, ROWS), KV_TYPES[kv_type])
+        self._values = np.zeros((*every, ceil_div(head_dim, ROWS), rows, ROWS), KV_TYPES[kv_type])
+        quantised = kv_type == "q80"
+        self._key_scales = np.zeros((*every, rows // ROWS, blocks, ROWS if quantised else 0), np.uint16)
+        self._value_scales = np.zeros((*every, blocks, rows if quantised else 0), np.uint16)
 
-    def layer(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a layer's keys and values."""
-        return self._keys[index], self._values[index]
+    def layer(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return a layer's keys, their scales, values and their scales."""
+        return self._keys[index], self._key_scales[index], self._values[index], self._value_scales[index]
 
 
 def bytes_per_position(layers: int, kv_heads: int, head_dim: int, kv_type: str) -> int:
     """Return the bytes that one position of one slot takes."""
-    width = ceil_to(head_dim, BLOCK) + ceil_to(head_dim, ROWS)
-    return layers * kv_heads * width * np.dtype(KV_TYPES[kv_type]).itemsize
+    width, blocks = ceil_to(head_dim, BLOCK) + ceil_to(head_dim, ROWS), ceil_div(head_dim, BLOCK)
+    scales = 2 * 2 * blocks if kv_type == "q80" else 0
+    return layers * kv_heads * (width * np.dtype(KV_TYPES[kv_type]).itemsize + scales)

@@ -21,6 +21,7 @@ from dllama_mpi.kernels.attention import attention
 from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS
 from dllama_mpi.kernels.matmul import float_matmul, quantised_matmul
 from dllama_mpi.kernels.quantize import BF16_BITS, PLAIN, decode_sum, encode, pack_tiles, unpack_tiles, widen_rows
+from dllama_mpi.model.kv_cache import KVCache
 from dllama_mpi.weights.tiles import aligned_empty
 from tests import naive
 from tests.naive import Bytes, Floats, Ints
@@ -420,6 +421,7 @@ def test_rope_and_store(tokens: int, half_cache: bool, bias: bool, norm: bool) -
     kind = np.uint16 if half_cache else np.float32
     empty = np.full((slots, kv_heads, length, dim), 7, kind)
     cache = laid_out(empty, empty)
+    arrays = (cache[0], no_scales(cache[0], 5), cache[1], no_scales(cache[0], 4))
 
     sums = qkv + biases if bias else qkv.copy()
     q, k, v = (
@@ -433,7 +435,7 @@ def test_rope_and_store(tokens: int, half_cache: bool, bias: bool, norm: bool) -
     cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     indices = (slot_of.astype(np.int32), positions.astype(np.int32))
     elementwise.rope_and_store(
-        qkv, biases, *norms, np.float32(1e-6), cos, sin, dim, q_heads, k_start, v_start, *cache, *indices
+        qkv, biases, *norms, np.float32(1e-6), cos, sin, dim, q_heads, k_start, v_start, *arrays, *indices
     )
     np.testing.assert_allclose(qkv[:, : q_heads * dim].reshape(q.shape), q, rtol=1e-5, atol=2e-6)
     where = np.arange(length)[:, None], np.arange(dim)
@@ -466,6 +468,11 @@ def laid_out(k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return keys, values
 
 
+def no_scales(keys: np.ndarray, axes: int) -> np.ndarray:
+    """Return the empty scales of a cache that is not quantised."""
+    return np.zeros((*keys.shape[:2], *[0] * (axes - 2)), np.uint16)
+
+
 def attend(
     q: Floats,
     cache: tuple[np.ndarray, np.ndarray],
@@ -487,7 +494,9 @@ def attend(
     indices = (slots.astype(np.int32), positions.astype(np.int32))
     scale = np.float32(dim**-0.5)
     marker = FORMATS["f16" if cache[0].dtype == np.uint16 else "f32"].marker
-    attention(marker, flat, *laid_out(*cache), *indices, window, scale, dim, *heads, group, out, out_start, threads)
+    keys, values = laid_out(*cache)
+    arrays = (keys, no_scales(keys, 5), values, no_scales(keys, 4))
+    attention(marker, flat, *arrays, *indices, window, scale, dim, *heads, group, out, out_start, threads)
     assert (out[:, :out_start] == -7).all()
     assert (out[:, out_start + count * dim :] == -7).all()
     return out[:, out_start : out_start + count * dim].reshape(q.shape)
@@ -567,6 +576,37 @@ def test_attention_to_scores_that_would_overflow() -> None:
     q, k, v = 1e3 * random(1, 1, 1, 32), 1e3 * random(2, 1, 1, 6, 32), random(3, 1, 1, 6, 32)
     got = attend(q, (k, v), np.zeros(1, np.int64), np.array([5]), 0, (0, 1), 1)
     np.testing.assert_allclose(got, naive.attention(q, k[0], v[0], np.array([5]), 0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [24, 32, 80])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_quantised_cache(dim: int, tokens: int) -> None:
+    """Keys and values stored as Q80 are attended to as what they stand for."""
+    heads, length, seq = 2, 300, 320
+    cache = KVCache(1, 2, heads, seq, dim, "q80")
+    qkv = random(1, length, 3 * 96 * heads)
+    cos, sin = np.ones((length, dim // 2), np.float32), np.zeros((length, dim // 2), np.float32)  # no rotation
+    indices = (np.ones(length, np.int32), np.arange(length, dtype=np.int32))
+    starts = (96 * heads, 2 * 96 * heads)
+    eps = np.float32(1e-6)
+    elementwise.rope_and_store(qkv, EMPTY, EMPTY, EMPTY, eps, cos, sin, dim, heads, *starts, *cache.layer(0), *indices)
+    k, v = (qkv[:, at : at + heads * dim].reshape(length, heads, dim).swapaxes(0, 1) for at in starts)
+    stored = [np.pad(a, ((0, 0), (0, 0), (0, -dim % BLOCK))).reshape(heads, length, -1, BLOCK) for a in (k, v)]
+    for i, a in enumerate(stored):
+        scales = naive.half(np.abs(a).max(-1, keepdims=True) / np.float32(127)).astype(np.float32)
+        codes = np.rint(a / scales).clip(-127, 127)
+        stored[i] = (codes * scales).reshape(heads, length, -1)[..., :dim].astype(np.float32)
+    last = np.arange(length - tokens, length)
+    q = random(2, tokens, heads, dim)
+    out = np.zeros((tokens, heads * dim), np.float32)
+    attention(
+        cache.marker, q.reshape(tokens, -1), *cache.layer(0), np.ones(tokens, np.int32), last.astype(np.int32), 0,
+        np.float32(dim**-0.5), dim, 0, heads, 1, out, 0, 1,
+    )  # fmt: skip
+    ref = naive.attention(q, stored[0], stored[1], last, 0)
+    np.testing.assert_allclose(out.reshape(q.shape), ref, rtol=1e-4, atol=2e-5)
+    exact = naive.attention(q, k, v, last, 0)
+    assert np.abs(exact - ref).max() > 1e-4  # the comparison sees quantisation
 
 
 @pytest.mark.parametrize("k", [1, 2, 5, 64, 200])
