@@ -138,6 +138,8 @@ class LLM:
             self.threads = self._threads(cores)
             self._tokenizer: Tokenizer | None = self._load_tokenizer() if self.group.is_root else None
         self._compare_files(source)
+        if self.group.is_root and not o.quiet and runtime.is_cold():
+            say(f"compiling kernels for {runtime.describe()}; this takes about 20 seconds and is done once")
         self.kv_type = o.kv_type or ("f32" if self.format.name == "f32" else "f16")
         context = Context(self.group, parts[self.group.rank], self.format, self.threads)
         tokens = o.prefill_chunk + o.max_batch

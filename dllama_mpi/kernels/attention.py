@@ -85,19 +85,24 @@ def _attend(marker, queries, starts, stops, keys, key_scales, values, value_scal
     the weighted sum of values, not yet divided, into out (n, head_dim to 32s).
     """
     n = queries.shape[0]
-    sums[:n], tops[:n] = 0, -np.inf
-    out[:n] = 0
+    for q in range(n):
+        sums[q], tops[q] = 0, -np.inf
+        for i in range(out.shape[1]):
+            out[q, i] = 0
     for begin in range(first, last, POSITIONS):
         end = min(begin + POSITIONS, last)
         padded = (end - begin + BLOCK - 1) // BLOCK * BLOCK
         _scores(marker, queries, keys, key_scales, begin, padded // ROWS, scratch, scores)
         for q in range(n):
             low, high = max(0, starts[q] - begin), min(padded, stops[q] - begin)
-            scores[q, : max(0, min(low, padded))] = -np.inf
-            scores[q, max(0, high) : padded] = -np.inf
+            for p in range(min(low, padded)):
+                scores[q, p] = -np.inf
+            for p in range(max(0, high), padded):
+                scores[q, p] = -np.inf
             row = address(scores) + 4 * POSITIONS * q
             if high <= low:  # nothing to see here, and no maximum to subtract
-                scores[q, :padded] = 0
+                for p in range(padded):
+                    scores[q, p] = 0
                 part[q, 0] = 1
                 continue
             top = largest(row, padded, tops[q])
@@ -175,6 +180,16 @@ def _take(marker, q, keys, key_scales, values, value_scales, slots, positions, w
 
 
 @njit(cache=True, nogil=True, parallel=True)
+def _take_all(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
+              last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial, threads):  # fmt: skip
+    # Nothing but the loop: whatever else stands in a parallel function costs seconds of compilation.
+    for thread in prange(threads):
+        _take(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
+              last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial, np.int64(thread),
+              threads)  # fmt: skip
+
+
+@njit(cache=True, nogil=True)
 def attention(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
               last_head, group, out, out_start, threads):  # fmt: skip
     """Attend from each token to the positions of its slot up to its own.
@@ -188,24 +203,24 @@ def attention(marker, q, keys, key_scales, values, value_scales, slots, position
     each = max(1, QUERIES // group)
     begins = np.empty(slots.size + 1, np.int64)
     runs = _runs(slots, positions, each, begins)
-    cuts = 1
-    if runs * kv_heads < threads and positions.max() >= LONG:
+    cuts, furthest = 1, 0
+    for position in positions:
+        furthest = max(furthest, position)
+    if runs * kv_heads < threads and furthest >= LONG:
         cuts = (threads + runs * kv_heads - 1) // (runs * kv_heads)
     items, most = runs * kv_heads * cuts, each * group
-    sums, tops = np.zeros((items, most), np.float32), np.full((items, most), np.float32(-np.inf))
+    sums, tops = np.zeros((items, most), np.float32), np.zeros((items, most), np.float32)
     partial = np.zeros((items if cuts > 1 else threads, most, values.shape[2] * ROWS), np.float32)
     if threads == 1:
         _take(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
               last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial, 0, 1)  # fmt: skip
-        return
-    for thread in prange(threads):
-        _take(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
-              last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial, np.int64(thread),
-              threads)  # fmt: skip
+    else:
+        _take_all(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim,
+                  first_head, last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial,
+                  threads)  # fmt: skip
     if cuts > 1:
-        _merge(
-            partial, sums, tops, begins, runs, kv_heads, cuts, head_dim, first_head, last_head, group, out, out_start
-        )
+        _merge(partial, sums, tops, begins, runs, kv_heads, cuts, head_dim, first_head, last_head, group, out,
+               out_start)  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
@@ -218,14 +233,17 @@ def _merge(partial, sums, tops, begins, runs, kv_heads, cuts, head_dim, first_he
         n = 0
         for t in range(begins[run], begins[run + 1]):
             for h in range(low, high):
-                top = tops[piece * cuts : (piece + 1) * cuts, n].max()
-                total = np.float32(0)
+                top, total = np.float32(-np.inf), np.float32(0)
+                for item in range(piece * cuts, (piece + 1) * cuts):
+                    top = max(top, tops[item, n])
                 column = out_start + h * head_dim
-                out[t, column : column + head_dim] = 0
+                for i in range(head_dim):
+                    out[t, column + i] = 0
                 for item in range(piece * cuts, (piece + 1) * cuts):
                     weight = np.exp(tops[item, n] - top)
                     total += weight * sums[item, n]
                     for i in range(head_dim):
                         out[t, column + i] += weight * partial[item, n, i]
-                out[t, column : column + head_dim] /= total
+                for i in range(head_dim):
+                    out[t, column + i] /= total
                 n += 1

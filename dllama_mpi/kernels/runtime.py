@@ -154,6 +154,11 @@ config.CACHE_DIR = _cache_folder(ISA)  # type: ignore[attr-defined]
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 
+def is_cold() -> bool:
+    """Return whether no kernel has been compiled and kept for this program, processor and instruction set yet."""
+    return not any(Path(config.CACHE_DIR).rglob("*.nbi"))  # type: ignore[attr-defined]
+
+
 def bind(cores: list[int]) -> None:
     """Keep this process on `cores`, and each of its kernels' threads on one of them.
 

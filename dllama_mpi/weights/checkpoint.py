@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,6 +131,18 @@ class Checkpoint:
         start, stop = entry["data_offsets"]
         data = np.frombuffer(self._maps[path][base + start : base + stop].data, _DTYPES[dtype])
         return Tensor(name, dtype, data.reshape(entry["shape"]))
+
+    def release(self, name: str) -> None:
+        """Give back the memory of a tensor's pages that were read; the file's contents stay where they are."""
+        path, entry, base = self._tensors[name]
+        mapped = getattr(self._maps.get(path), "_mmap", None)
+        if mapped is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        start, stop = (base + offset for offset in entry["data_offsets"])
+        start = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE  # pages shared with a neighbour stay
+        length = stop // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if length > 0:
+            mapped.madvise(mmap.MADV_DONTNEED, start, length)
 
     def fingerprint(self) -> str:
         """Return a digest of the files' names, sizes and headers: what ranks compare to see that they read the same."""
