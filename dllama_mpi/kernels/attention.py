@@ -27,7 +27,7 @@ import numpy as np
 from numba import njit, prange
 
 from .layout import BLOCK, F32, ROWS
-from .rows import float_rows
+from .matmul import float_rows
 from .sampling import exponentials, largest
 from .simd import address, widen
 

@@ -14,7 +14,7 @@ from numba.extending import intrinsic, overload
 from .attention import attention
 from .elementwise import quantise, quantise_row, rms_norm, rms_norm_row, rope_and_store, rope_and_store_row
 from .layout import BLOCK, ROWS
-from .rows import float_rows, quantised_rows
+from .matmul import float_rows, quantised_rows
 from .simd import F32, I64, EmitterHere, address, constant, vector
 
 FIELDS = 4  # integers that describe a matrix

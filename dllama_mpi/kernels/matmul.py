@@ -6,7 +6,7 @@ a token's result does not depend on what it is batched with.
 
 from __future__ import annotations
 
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from .layout import BLOCK, F16, F32, Q40, Q80, ROWS
@@ -147,61 +147,57 @@ def _for_each_part(e, row_parts, rows, token_parts, group, part):
     e.counted_loop(I64(row_parts * token_parts), [], body)
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def quantised_matmul(marker, w, w_stride, tile_rows, blocks, xq, xs, xc, y, y_stride, tokens, threads):
-    """Compute Y = X A^T for q40 or q80 weights and Q80 activations.
+@njit(cache=True, nogil=True, inline="never")
+def quantised_rows(marker, w, w_stride, first, last, blocks, xq, xs, xc, y, y_stride, tokens):
+    """Multiply rows [first, last) of q40 or q80 tiles with Q80 activations, on the calling thread.
 
-    marker: the format's empty array. w: address of the first tile; w_stride: bytes from one row of tiles to the next;
-    tile_rows, blocks: tiles down and across. xq (tokens, blocks*32) int8, xs (tokens, blocks) float32 and
-    xc (tokens, blocks) int32, which is -8 * the sum of a block's codes: contiguous, as addresses. y: address of
-    float32 outputs, 16 * tile_rows a token, y_stride bytes apart.
+    marker: the format's empty array. w: address of the matrix; w_stride: bytes from one row of tiles to the next;
+    blocks: tiles in a row. xq, xs, xc: addresses of contiguous codes (tokens, 32 * blocks) int8, scales and offsets
+    (tokens, blocks) float32 and int32, an offset being -8 times the sum of its block's codes. y: address of the
+    matrix's first output, float32; y_stride: bytes from one token's outputs to the next.
     """
-    for thread in prange(threads):
-        first, last = tile_rows * thread // threads, tile_rows * (thread + 1) // threads
-        for row in range(first, last):
-            a, t = w + row * w_stride, 0
-            while t < tokens:
-                left, out = tokens - t, y + row * 4 * ROWS + t * y_stride
-                q, s, c = xq + t * BLOCK * blocks, xs + t * 4 * blocks, xc + t * 4 * blocks
-                if left >= 8:
-                    _quantised_tile_row(marker, 8, a, blocks, q, s, c, out, y_stride)
-                    t += 8
-                elif left >= 4:
-                    _quantised_tile_row(marker, 4, a, blocks, q, s, c, out, y_stride)
-                    t += 4
-                elif left >= 2:
-                    _quantised_tile_row(marker, 2, a, blocks, q, s, c, out, y_stride)
-                    t += 2
-                else:
-                    _quantised_tile_row(marker, 1, a, blocks, q, s, c, out, y_stride)
-                    t += 1
+    for row in range(first, last):
+        a, t = w + row * w_stride, 0
+        while t < tokens:
+            left, out = tokens - t, y + row * 4 * ROWS + t * y_stride
+            q, s, c = xq + t * BLOCK * blocks, xs + t * 4 * blocks, xc + t * 4 * blocks
+            if left >= 8:
+                _quantised_tile_row(marker, 8, a, blocks, q, s, c, out, y_stride)
+                t += 8
+            elif left >= 4:
+                _quantised_tile_row(marker, 4, a, blocks, q, s, c, out, y_stride)
+                t += 4
+            elif left >= 2:
+                _quantised_tile_row(marker, 2, a, blocks, q, s, c, out, y_stride)
+                t += 2
+            else:
+                _quantised_tile_row(marker, 1, a, blocks, q, s, c, out, y_stride)
+                t += 1
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def float_matmul(marker, w, w_stride, tile_rows, blocks, x, x_stride, y, y_stride, tokens, threads):
-    """Compute Y = X A^T for f16 or f32 weights and float32 activations x (tokens, blocks*32), as an address.
+@njit(cache=True, nogil=True, inline="never")
+def float_rows(marker, w, w_stride, first, last, blocks, x, x_stride, y, y_stride, tokens):
+    """Multiply rows [first, last) of f16 or f32 tiles with float32 activations, on the calling thread.
 
-    The other arguments are those of `quantised_matmul`; strides are in bytes.
+    x: address of (tokens, 32 * blocks) float32, x_stride bytes apart; the rest as in `quantised_rows`.
     """
-    for thread in prange(threads):
-        first, last = tile_rows * thread // threads, tile_rows * (thread + 1) // threads
-        for row in range(first, last):
-            a, out, t = w + row * w_stride, y + row * 4 * ROWS, 0
-            while t < tokens:
-                # One token takes nearly as long as four: its sums wait for each other. So a few tokens are done with
-                # some that are done already, which get the same values again.
-                left = tokens - t
-                if left >= 8 or (left > 4 and tokens >= 8):
-                    t = min(t, tokens - 8)
-                    _float_tile_row(marker, 8, a, blocks, x + t * x_stride, x_stride, out + t * y_stride, y_stride)
-                    t += 8
-                elif left >= 4 or (left == 3 and tokens >= 4):
-                    t = min(t, tokens - 4)
-                    _float_tile_row(marker, 4, a, blocks, x + t * x_stride, x_stride, out + t * y_stride, y_stride)
-                    t += 4
-                elif left >= 2:
-                    _float_tile_row(marker, 2, a, blocks, x + t * x_stride, x_stride, out + t * y_stride, y_stride)
-                    t += 2
-                else:
-                    _float_tile_row(marker, 1, a, blocks, x + t * x_stride, x_stride, out + t * y_stride, y_stride)
-                    t += 1
+    for row in range(first, last):
+        a, out, t = w + row * w_stride, y + row * 4 * ROWS, 0
+        while t < tokens:
+            # One token takes nearly as long as four: its sums wait for each other. So a few tokens are done with
+            # some that are done already, which get the same values again.
+            left = tokens - t
+            if left >= 8 or (left > 4 and tokens >= 8):
+                t = min(t, tokens - 8)
+                _float_tile_row(marker, 8, a, blocks, x + t * x_stride, x_stride, out + t * y_stride, y_stride)
+                t += 8
+            elif left >= 4 or (left == 3 and tokens >= 4):
+                t = min(t, tokens - 4)
+                _float_tile_row(marker, 4, a, blocks, x + t * x_stride, x_stride, out + t * y_stride, y_stride)
+                t += 4
+            elif left >= 2:
+                _float_tile_row(marker, 2, a, blocks, x + t * x_stride, x_stride, out + t * y_stride, y_stride)
+                t += 2
+            else:
+                _float_tile_row(marker, 1, a, blocks, x + t * x_stride, x_stride, out + t * y_stride, y_stride)
+                t += 1

@@ -1,6 +1,6 @@
 """Run by mpiexec: compare every tiny model with its reference; rank 0 prints a JSON object a case.
 
-usage: parity_job.py FOLDER, a folder with the models, written by tests.tiny_models
+usage: parity_job.py FOLDER [CASE...], a folder with the models, written by tests.tiny_models
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    for name, case in CASES.items():
+    chosen = sys.argv[2:] or list(CASES)
+    for name, case in ((name, case) for name, case in CASES.items() if name in chosen):
         result = compare(case, Path(sys.argv[1]) / name)
         if result.pop("root"):
             print(json.dumps(result), flush=True)

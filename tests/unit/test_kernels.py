@@ -19,7 +19,6 @@ from dllama_mpi.errors import UsageError
 from dllama_mpi.kernels import elementwise, layers, runtime, sampling
 from dllama_mpi.kernels.attention import attention
 from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS
-from dllama_mpi.kernels.matmul import float_matmul, quantised_matmul
 from dllama_mpi.kernels.quantize import BF16_BITS, PLAIN, decode_sum, encode, pack_tiles, unpack_tiles, widen_rows
 from dllama_mpi.model.kv_cache import KVCache
 from dllama_mpi.weights.tiles import aligned_empty
@@ -85,14 +84,9 @@ def matmul(tiles: Bytes, fmt: str, x: Floats, threads: int = 1) -> Floats:
     """Return x @ matrix^T (tokens, 16 * rows of tiles) by the kernel; x (tokens, cols) may end inside a block."""
     x = naive.padded(x, 1, BLOCK)
     y = np.full((len(x), ROWS * len(tiles) + 3), np.nan, np.float32)  # longer rows: the kernel must keep to its own
-    weights = (FORMATS[fmt].marker, tiles.ctypes.data, tiles.strides[0], *tiles.shape[:2])
-    out = (y.ctypes.data, y.strides[0], len(x), threads)
-    if FORMATS[fmt].quantised_activations:
-        xq, xs, xc = q80_like(x)
-        elementwise.quantise(x, xq, xs, xc)
-        quantised_matmul(*weights, xq.ctypes.data, xs.ctypes.data, xc.ctypes.data, *out)
-    else:
-        float_matmul(*weights, x.ctypes.data, x.strides[0], *out)
+    codes = q80_like(x)
+    elementwise.quantise(x, *codes)
+    layers.products(FORMATS[fmt].marker, described(tiles), x, *codes, y, len(x), threads)
     assert np.isnan(y[:, -3:]).all()
     return y[:, :-3]
 
