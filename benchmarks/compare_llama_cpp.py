@@ -24,6 +24,7 @@ from report import CALM, Disturbance, ceilings, finish, say_ceilings, say_table
 from dllama_mpi.errors import DllamaError
 from dllama_mpi.model.shapes import SHAPES
 
+LEAST_POSITIONS = 64  # for the comparison of logits
 HERE = Path(__file__).resolve().parent
 PAUSE = 0.4  # seconds between turns: the other program's threads stop spinning
 
@@ -107,11 +108,17 @@ class Programs:
     ours: dict[int, Worker]
 
     @staticmethod
-    def start(folder: Path, python: str, threads: set[int]) -> Programs:
-        """Start all workers."""
+    def start(folder: Path, python: str, todo: list[Row], threads: int) -> Programs:
+        """Start the workers that the comparisons need, and one of this many threads."""
         theirs = Worker([python, str(HERE / "llama_cpp_worker.py"), str(folder / "model.gguf")])
-        command = [sys.executable, str(HERE / "own_worker.py"), str(folder / "q40")]
-        return Programs(theirs, {n: Worker([*command, str(n)]) for n in sorted(threads)})
+        ours = {}
+        for count in {threads, *(row.threads for row in todo)}:
+            own = [row for row in todo if row.threads == count]
+            positions = max((row.depth + row.prompt + row.generated + 1 for row in own), default=0)
+            slots = sum(max(row.batch for row in own if row.depth == d) for d in {row.depth for row in own})
+            sizes = (count, max(LEAST_POSITIONS, positions), slots + 1)
+            ours[count] = Worker([sys.executable, str(HERE / "own_worker.py"), str(folder / "q40"), *map(str, sizes)])
+        return Programs(theirs, ours)
 
     def turn(self, row: Row, is_ours: bool, patience: float) -> tuple[float, float]:
         """Return the seconds of one turn of one program, and the share of the processors that others took meanwhile.
@@ -228,7 +235,7 @@ def main() -> None:
         say_ceilings(limit)
     todo = [row for row in rows(most, args.depth) if args.tests is None or args.tests in row.name]
     config = json.loads((args.folder / "source" / "config.json").read_text(encoding="utf-8"))
-    programs = Programs.start(args.folder, args.llama_python, {row.threads for row in todo} | {most})
+    programs = Programs.start(args.folder, args.llama_python, todo, most)
     same = agreement(programs, most, config["vocab_size"])
     print(
         f"the same weights: logits correlate to {same['correlation']:.5f}, largest difference"

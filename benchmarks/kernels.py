@@ -124,7 +124,7 @@ def attentions(
     for layer in range(layers):
         for part in cache.layer(layer):
             values = rng.standard_normal(part.shape[-3:], np.float32)
-            part[:] = values if kv_type == "f32" else values.astype(np.float16).view(np.uint16)
+            part[:] = values if part.dtype == np.float32 else values.astype(np.float16).view(np.uint16)
     scale, group = np.float32(head_dim**-0.5), query_heads // kv_heads
     for depth in depths:
         for tokens in counts:
@@ -136,7 +136,7 @@ def attentions(
 
             def run(q: np.ndarray = queries, inputs: tuple[Any, ...] = inputs, out: np.ndarray = out) -> None:
                 for layer in range(layers):
-                    attention(FORMATS[kv_type].marker, q, *cache.layer(layer), *inputs, out, 0, threads)
+                    attention(cache.marker, q, *cache.layer(layer), *inputs, out, 0, threads)
 
             seen = float(np.sum(positions + 1.0))
             size = bytes_per_position(1, kv_heads, head_dim, kv_type) * float(depth + tokens)

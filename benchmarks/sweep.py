@@ -13,7 +13,7 @@ from typing import Any
 from report import COLOURS, add_output_options, figure, finish, save, say_table, whole_numbers
 
 from dllama_mpi.cli.options import add_model_options, load
-from dllama_mpi.engine.bench import Bench, Test
+from dllama_mpi.engine.bench import Bench, Result, Test
 from dllama_mpi.errors import DllamaError
 from dllama_mpi.log import progress
 from dllama_mpi.model.shapes import SHAPES
@@ -60,14 +60,17 @@ def main() -> None:
         bench.measure_memory()
     except DllamaError as error:
         raise SystemExit(leave(error)) from None
+    found: dict[str, list[Result]] = {}
     with llm.session() as leads:
-        if not leads:
-            return
-        print(f"ceiling: memory reads {bench.read_rate / 1e9:.1f} GB/s (all ranks' threads together)", flush=True)
-        lines: dict[str, list[dict[str, Any]]] = {}
-        for name, tests in todo.items():
-            lines[name] = [bench.record(bench.run(test, args.repetitions)) for test in progress(tests, name, True)]
-            show(name, lines[name])
+        for name, tests in todo.items() if leads else ():
+            found[name] = [bench.run(test, args.repetitions) for test in progress(tests, name, True)]
+    bench.measure_memory()  # again, in case other programs were busy before
+    if not llm.is_root:
+        return
+    print(f"ceiling: memory reads {bench.read_rate / 1e9:.1f} GB/s (all ranks' threads together)", flush=True)
+    lines = {name: [bench.record(result) for result in results] for name, results in found.items()}
+    for name, records in lines.items():
+        show(name, records)
     if args.plot is not None:
         draw(lines, bench, args)
     finish({"benchmark": "sweep", **bench.about(), "lines": lines}, args.json)

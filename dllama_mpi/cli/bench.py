@@ -82,14 +82,13 @@ def run(args: argparse.Namespace) -> int:
     llm = load(args, group, max(test.batch for test in todo))
     bench = Bench(llm, args.seed)
     bench.measure_memory()
+    results = []
     with llm.session() as leads:
-        if not leads:
-            return 0
-        records = []
-        for test in todo:
-            bar = _bar(test.name)
-            records.append(bench.record(bench.run(test, args.repetitions, bar)))
-    print(_FORMATS[args.output](records), flush=True)
+        if leads:
+            results = [bench.run(test, args.repetitions, _bar(test.name)) for test in todo]
+    bench.measure_memory()  # again, in case other programs were busy before
+    if results:
+        print(_FORMATS[args.output]([bench.record(result) for result in results]), flush=True)
     return 0
 
 

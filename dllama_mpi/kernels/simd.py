@@ -49,7 +49,7 @@ class Emitter:
 
     Attributes:
         offset: what `block_dots` wants added to signed codes that are not narrow.
-        ahead: bytes by which weights are prefetched when several tokens keep the processor busy, or 0 to leave it to
+        ahead: bytes by which weights are prefetched, or 0 to leave it to
             the hardware.
     """
 
