@@ -1,4 +1,4 @@
-"""Measures this program when told to, with the requests and answers of llama_cpp_worker.py. One process, no MPI ranks."""
+"""Measures this program when told to, with the requests and answers of llama_cpp_worker.py. One process, no ranks."""
 
 from __future__ import annotations
 

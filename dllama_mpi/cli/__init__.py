@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import DllamaError
-from ..parallel.launch import is_root_process, leave
+from ..parallel.launch import abandon, is_root_process, leave
 from . import bench, chat, convert, generate, info, perplexity
 
 COMMANDS: dict[str, Any] = {
@@ -63,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(args.run(args) or 0)
     except DllamaError as error:
         return leave(error)
+    except KeyboardInterrupt:  # before there was anything to interrupt: while loading, say
+        return abandon(130)
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         return 1

@@ -61,8 +61,8 @@ class Terminal:
 
     def read_line(self, prompt: str) -> str | None:
         """Return the next line without its end, or None at the end of input. Ctrl-C begins the line anew."""
+        self.prompt = prompt  # before it is shown: Ctrl-C may come at once
         print(prompt, end="", file=sys.stderr, flush=True)
-        self.prompt = prompt
         try:
             return self._line()
         finally:

@@ -90,6 +90,14 @@ def leave(error: DllamaError) -> int:
     return 2
 
 
+def abandon(status: int) -> int:
+    """End the whole job at once without a word, or return the status if this process is alone."""
+    comm = _connected()
+    if comm is not None:
+        comm.Abort(status)
+    return status
+
+
 def _connected() -> Any | None:
     """Return the world communicator if MPI has been started with more than one rank."""
     mpi = sys.modules.get("mpi4py.MPI")
