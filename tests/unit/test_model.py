@@ -355,7 +355,7 @@ def test_a_prompt_that_cannot_be(prompt: list[int], message: str, load: Load) ->
     [
         ({"weights": "q50"}, "weights is 'q50'; it must be one of q40, q80, f16, f32"),
         ({"buffer_float_type": "q40"}, "buffer_float_type is 'q40'; it must be one of f32, f16, q80"),
-        ({"kv_type": "q80"}, "kv_type is 'q80'; it must be one of f16, f32"),
+        ({"kv_type": "q4"}, "kv_type is 'q4'; it must be one of f16, f32, q80"),
         ({"nthreads": 0}, "nthreads is 0; it must be at least 1"),
         ({"max_seq_len": 0}, "max_seq_len is 0; it must be at least 1"),
         ({"max_batch": -1}, "max_batch is -1; it must be at least 1"),
