@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
+import traceback
 from typing import Any
 
 from ..errors import ClusterError, DllamaError
@@ -16,6 +18,9 @@ _LAUNCHERS = (
     ("mpiexec (PMI)", "PMI_SIZE", "PMI_RANK"),
     ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
+
+
+_LAST_WORDS_SECONDS = 0.3
 
 
 def launched() -> tuple[str, int, int] | None:
@@ -86,8 +91,14 @@ def leave(error: DllamaError) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     if comm is not None and not agreed:
-        comm.Abort(2)
+        _abort(comm, 2)
     return 2
+
+
+def _abort(comm: Any, status: int) -> None:
+    """End the whole job, after a moment in which the launcher passes on what this rank has said."""
+    time.sleep(_LAST_WORDS_SECONDS)
+    comm.Abort(status)
 
 
 def abandon(status: int) -> int:
@@ -115,20 +126,22 @@ def watch_exceptions(comm: Any | None) -> None:
         return
     before, ranks = sys.excepthook, comm.size if comm is not None else 1
 
-    def hook(kind: type[BaseException], value: BaseException, traceback: Any) -> None:
+    def hook(kind: type[BaseException], value: BaseException, trace: Any) -> None:
         if isinstance(value, DllamaError):
             status = leave(value)
             if comm is not None:
                 sys.modules["mpi4py.MPI"].Finalize()
             os._exit(status)  # the interpreter itself would end with status 1
-        before(kind, value, traceback)
         if comm is None or ranks == 1:
+            before(kind, value, trace)
             return
         reason = " ".join([kind.__name__ + ":", *str(value).splitlines()[:1]])
-        print(f"rank {comm.rank} on {host_name()} failed: {reason}; ending the job", file=sys.stderr)
+        told = "".join(traceback.format_exception(kind, value, trace))
+        told += f"rank {comm.rank} on {host_name()} failed: {reason}; ending the job\n"
         sys.stdout.flush()
+        sys.stderr.write(told)
         sys.stderr.flush()
-        comm.Abort(1)
+        _abort(comm, 1)
 
     hook.ends_job = True  # type: ignore[attr-defined]
     sys.excepthook = hook
