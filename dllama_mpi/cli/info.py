@@ -1,4 +1,4 @@
-"""Show a model's shapes, parameters and the memory a rank needs at 1..n ranks."""
+"""Show a model's shapes, parameters and the memory a rank needs; under mpiexec also how its ranks would exchange."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def run(args: argparse.Namespace) -> int:
     from ..kernels.layout import FORMATS
     from ..model.config import ModelConfig
     from ..model.names import check_files
-    from ..parallel.launch import is_root_process
+    from ..parallel.launch import is_root_process, ranks_launched
     from ..weights.checkpoint import Checkpoint
 
     folder = model_folder(args.model)
     config = ModelConfig.load(folder)
     source = Checkpoint(folder)
     check_files(source, config)
+    sync = _measured(config) if ranks_launched() > 1 else []
     if not is_root_process():
         return 0
     fmt = FORMATS[args.weights or source.format_name or "q40"]
@@ -62,8 +63,23 @@ def run(args: argparse.Namespace) -> int:
     }
     counts = range(1, min(args.ranks or 8, config.num_heads) + 1)
     report["memory"] = [_memory(config, fmt, kv_type, positions, n) for n in counts]
-    print(json.dumps(report) if args.json else _text(report))
+    report["sync"] = [choice.to_dict() for choice in sync]
+    print(json.dumps(report) if args.json else "\n".join([_text(report), *_sync_lines(sync)]))
     return 0
+
+
+def _measured(config: Any) -> list[Any]:
+    """Return how this job's ranks would do all-reduces of the model's activations. Collective."""
+    from ..kernels.layout import BLOCK, ceil_to
+    from ..parallel.group import connect
+
+    group = connect()
+    group.prepare_all_reduce(64, ceil_to(config.hidden_size, BLOCK), None, "auto")
+    return group.choices
+
+
+def _sync_lines(sync: list[Any]) -> list[str]:
+    return ["", *(choice.describe() for choice in sync)] if sync else []
 
 
 def _memory(config: Any, fmt: Any, kv_type: str, positions: int, ranks: int) -> dict[str, Any]:
@@ -93,7 +109,7 @@ def _text(report: dict[str, Any]) -> str:
         if isinstance(value, int) and not isinstance(value, bool)
         else f"{key.replace('_', ' '):<24} {value}"
         for key, value in report.items()
-        if key != "memory"
+        if key not in ("memory", "sync")
     ]
     names = ("weights_bytes", "kv_cache_bytes", "buffers_bytes", "total_bytes")
     rows = [[str(m["ranks"]), *(f"{m[name] / 1e6:,.1f}" for name in names)] for m in report["memory"]]

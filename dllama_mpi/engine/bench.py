@@ -272,7 +272,7 @@ class Bench:
             "weights": llm.format.name,
             "type_k": llm.kv_type,
             "type_v": llm.kv_type,
-            "buffer_float_type": options.buffer_float_type,
+            "buffer_float_type": llm.group.payload,
             "prefill_chunk": options.prefill_chunk,
             "split": options.split,
         }

@@ -104,4 +104,5 @@ class Engine:
     def times(self, stats: Stats) -> None:
         """Ask every rank how long it waited, and put that into the statistics."""
         self.group.send_command(Command.TIMES)
+        stats.payload, stats.sync = self.group.payload, self.group.choices
         stats.rank_hosts, stats.rank_wait_seconds = self.group.hosts, self.group.allgather(self.group.traffic.seconds)

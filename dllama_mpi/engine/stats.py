@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..parallel.allreduce import Choice
+
 
 @dataclass(frozen=True)
 class StepStats:
@@ -28,6 +30,7 @@ class Stats:
         rank_wait_seconds: for each rank, how long it waited in synchronisation. The one that waited least is the
             slowest: the others waited for it.
         full_gathers: rows whose candidates did not cover what the sampler needed.
+        payload, sync: what all-reduces send between hosts, and how they are done, by size.
     """
 
     prefill: list[StepStats] = field(default_factory=list)
@@ -38,6 +41,8 @@ class Stats:
     rank_hosts: list[str] = field(default_factory=list)
     rank_wait_seconds: list[float] = field(default_factory=list)
     full_gathers: int = 0
+    payload: str = "f32"
+    sync: list[Choice] = field(default_factory=list)
 
     @staticmethod
     def _rate(steps: list[StepStats]) -> float | None:
@@ -88,6 +93,8 @@ class Stats:
             ],
             "slowest_rank": self.slowest_rank,
             "full_gathers": self.full_gathers,
+            "buffer_float_type": self.payload,
+            "sync": [choice.to_dict() for choice in self.sync],
         }
 
     def step_lines(self) -> list[str]:
@@ -114,6 +121,7 @@ class Stats:
         ]
         if self.first_token_seconds is not None:
             lines.append(f"time to first token {self.first_token_seconds:.3f} s")
+        lines += [choice.describe() for choice in self.sync]
         slowest = self.slowest_rank
         if slowest is not None:
             waits = ", ".join(f"{rank}: {1e3 * w:.1f} ms" for rank, w in enumerate(self.rank_wait_seconds))

@@ -42,7 +42,7 @@ LOCAL, LOCALS = 25, 26  # this rank's place among those of its host, and their n
 FLAGS, SLOTS, SLOT_BYTES, SHARED_THEIRS = 27, 28, 29, 30  # in memory that the ranks of a host share
 SENT, RECEIVED, WAITED = 31, 32, 33  # bytes, and nanoseconds that the calling rank waited
 AHEAD, AHEAD_BYTES = 34, 35  # memory to be read next: fetched into the cache while waiting
-PATIENT = 36  # whether to sleep between looks at the network: another thread is computing
+PATIENCE = 36  # microseconds of sleep between looks at the network, where another thread is computing; else 0
 TURNS = 37  # number of exchanges of each part so far: PARTS fields
 PARTS = 2  # parts of a step that may be in flight at once
 JOBS, OVERLAPS = 39, 40  # memory of the queue, and whether another thread takes exchanges from it
@@ -57,8 +57,9 @@ NOTHING, DIRECT, SCATTER, DOUBLING, SHARED, TWO_LEVEL, CALL = range(7)
 
 _TAG = 7
 _FLAG_BYTES = 64  # a cache line for each flag
-_POLLS_BEFORE_YIELD = 64
+_POLLS_BEFORE_YIELD, _POLLS_BEFORE_SLEEP = 256, 4096  # some microseconds, and a few milliseconds
 _PREFETCH_AT_ONCE = 4096
+_PREFETCH_BYTES = 1 << 18  # at most: what surely fits into a core's cache
 JOB_FIELDS = 4  # of a queued exchange: address of values, blocks, part, and its place in time
 QUEUE = 8
 
@@ -131,17 +132,19 @@ def _now(link):
 @njit(cache=True, nogil=True, inline="never")
 def _pause(link, turn):
     """Spend the time between two looks at something: let others run, sooner or later."""
-    if link[PATIENT] != 0:
-        _call(link[SLEEP], (np.int64(20),))
-    elif turn % _POLLS_BEFORE_YIELD == _POLLS_BEFORE_YIELD - 1:
+    if link[PATIENCE] != 0:
+        _call(link[SLEEP], (link[PATIENCE],))
+    elif turn >= _POLLS_BEFORE_SLEEP:
+        _call(link[SLEEP], (np.int64(50),))
+    elif turn >= _POLLS_BEFORE_YIELD:
         _call(link[YIELD], (np.int64(0),))
 
 
 @njit(cache=True, nogil=True, inline="never")
 def _fetch_ahead(link, turn):
-    start = turn * _PREFETCH_AT_ONCE
-    if start < link[AHEAD_BYTES]:
-        for line in range(start, min(start + _PREFETCH_AT_ONCE, link[AHEAD_BYTES]), 64):
+    start, stop = turn * _PREFETCH_AT_ONCE, min(link[AHEAD_BYTES], _PREFETCH_BYTES)
+    if start < stop:
+        for line in range(start, min(start + _PREFETCH_AT_ONCE, stop), 64):
             _prefetch(link[AHEAD] + line)
 
 
@@ -415,7 +418,7 @@ def _finish(link_at, source_at):
         if turn < 200:
             turn += 1
         else:  # the other thread may need this processor
-            _call(link[SLEEP], (np.int64(20),))
+            _call(link[SLEEP], (np.int64(50),))
     link[WAITED] += _now(link) - begun
     return np.int32(0)
 
@@ -440,7 +443,7 @@ def carry_out_exchanges(link, own):
     while True:
         number = _load(queue + 8)
         while _load(queue) <= number:
-            _call(own[SLEEP], (np.int64(20),))
+            _call(own[SLEEP], (own[PATIENCE],))
         job = queue + 16 + 8 * JOB_FIELDS * (number % QUEUE)
         x, blocks, part, target = _load(job), _load(job + 8), _load(job + 16), _load(job + 24)
         if x == 0:
@@ -468,6 +471,22 @@ def time_exchange(link, way, x, blocks, times):
     for i in range(times.size):
         begun = _now(link)
         exchange(link, way, x, blocks, 0, source)
+        times[i] = _now(link) - begun
+
+
+@njit(cache=True, nogil=True)
+def time_computing(link, x, blocks, payload, turns, calls, source, times):
+    """Compute for a while (`turns` times encoding values at x to `payload`), then exchange; write what each took.
+
+    calls: addresses of `layer_calls`; with a thread that takes exchanges these run while the computing goes on.
+    """
+    for i in range(times.size):
+        begun = _now(link)
+        _call(calls[0], (address(link), x, blocks, np.int64(0), address(source)))
+        for _ in range(turns):
+            encode_blocks(x, payload, blocks, F32_BYTES)
+        if link[OVERLAPS] != 0:
+            _call(calls[1], (address(link), address(source)))
         times[i] = _now(link) - begun
 
 

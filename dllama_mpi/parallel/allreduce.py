@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
+import dataclasses
 import sys
 import traceback
 from collections.abc import Iterator
@@ -50,6 +50,7 @@ SYNCS = ("auto", *_WAYS)
 _MEASURED_ROWS = {1: 9, 8: 5, 64: 3}  # tokens of a message: how often each algorithm is timed
 _OVERLAP_ROWS = 64  # a step of fewer tokens is not cut into parts
 _OVERLAP_MICROSECONDS = 200  # nor one whose exchanges take less
+_OVERLAP_SHARE = 0.75  # of the time one after the other that an overlap may take; 0.5 would be perfect
 _DIRECT_BYTES = 8192  # through mpi4py: below about this a second hop costs more than the bytes it saves
 
 
@@ -66,6 +67,17 @@ class Choice:
     bytes: int
     way: str
     microseconds: dict[str, float]
+
+    def describe(self) -> str:
+        """Return the choice as a line for people."""
+        best, others = self.microseconds[self.way], {k: v for k, v in self.microseconds.items() if k != self.way}
+        tried = f" ({', '.join(f'{name} {time:.0f}' for name, time in others.items())})" if others else ""
+        what = "1 token" if self.tokens == 1 else f"{self.tokens} tokens"
+        return f"all-reduce of {what} ({self.bytes / 1e3:.1f} kB): {self.way}, {best:.0f} us{tried}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the choice as JSON-ready values."""
+        return dataclasses.asdict(self)
 
 
 class AllReduce:
@@ -229,14 +241,40 @@ class AllReduce:
         return x.CALL
 
     def _make_overlap(self) -> Overlap | None:
-        """Return the other thread, where exchanges of a prompt take long enough for it to pay."""
-        slow = max(self.choices[-1].microseconds.values(), default=0.0) >= _OVERLAP_MICROSECONDS
+        """Return the other thread, where exchanging a prompt takes long and computing can go on meanwhile."""
+        last = self.choices[-1]
+        slow = last.microseconds[last.way] >= _OVERLAP_MICROSECONDS
         compiled = all(choice.way not in ("mpi", "shared") for choice in self.choices) and self.compiled
-        wanted = os.environ.get("DLLAMA_MPI_OVERLAP", "1") != "0"
-        possible = self.rows >= _OVERLAP_ROWS and compiled and slow and wanted and can_use_threads()
+        possible = last.tokens >= _OVERLAP_ROWS and compiled and slow and can_use_threads()
         if not all(self.comm.allgather(possible)):  # ranks may differ in what they can, not in what they do
             return None
-        return Overlap(self.link, self._array(2 + x.QUEUE * x.JOB_FIELDS, np.int64))
+        # Looking costs the computing thread some time, being late costs little as long as there is much to compute.
+        patience = int(min(500, max(20, last.microseconds[last.way] / 10)))
+        overlap = Overlap(self.link, self._array(2 + x.QUEUE * x.JOB_FIELDS, np.int64), patience)
+        return overlap if self._overlap_share(overlap) <= _OVERLAP_SHARE else None
+
+    def _overlap_share(self, overlap: Overlap) -> float:
+        """Return how long computing and an exchange of equal length take at once, of what they take one by one.
+
+        The slowest rank's. Where the network is driven by the same cores it may be as long.
+        """
+        last, times = self.choices[-1], np.zeros(5, np.int64)
+        blocks, source = last.tokens * self.row_blocks, np.zeros(4, np.int64)
+        values, payload = self.values.ctypes.data, np.empty(blocks * PAYLOADS["f32"], np.uint8)
+        calls = np.array([function.address for function in x.layer_calls()], np.int64)
+
+        def seconds(turns: int) -> float:
+            self.comm.Barrier()
+            x.time_computing(self.link, values, blocks, payload.ctypes.data, turns, calls, source, times)
+            return float(np.median(times)) / 1e9
+
+        exchange = seconds(0)
+        turns = 100
+        turns = max(1, round(turns * exchange / max(1e-6, seconds(turns) - exchange)))
+        apart = seconds(turns)
+        with overlap.working():
+            together = seconds(turns)
+        return float(max(self.comm.allgather(together / apart)))
 
     # ---- use
 

@@ -38,6 +38,12 @@ def is_root_process() -> bool:
     return found is None or found[2] == 0
 
 
+def ranks_launched() -> int:
+    """Return how many ranks the launcher says it has started; 1 for a process started by hand."""
+    found = launched()
+    return 1 if found is None else found[1]
+
+
 def _remedy(launcher: str, library: str) -> str:
     if launcher == "srun":
         plugin = "pmix" if "Open MPI" in library else "pmi2"

@@ -16,12 +16,17 @@ _COUNTERS = slice(x.SENT, x.RECEIVED + 1), slice(x.TURNS, x.TURNS + x.PARTS)
 class Overlap:
     """Works for one link, whose queue it brings along; sleeps between steps."""
 
-    def __init__(self, link: np.ndarray, queue: np.ndarray) -> None:
-        """Start the thread. queue: (2 + QUEUE * JOB_FIELDS,) int64 zeros that outlive it."""
-        self._link, self._queue = link, queue
+    def __init__(self, link: np.ndarray, queue: np.ndarray, patience: int) -> None:
+        """Start the thread.
+
+        queue: (2 + QUEUE * JOB_FIELDS,) int64 zeros that outlive it. patience: microseconds of sleep between looks at
+        the network.
+        """
+        self._link, self._queue, self._patience = link, queue, patience
         link[x.JOBS] = queue.ctypes.data
         self._begin, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._own = link.copy()
+        self._own[x.PATIENCE] = patience
         x.end_exchanges(link)  # compiled before the first prompt, so that no rank is late then
         x.carry_out_exchanges(link, self._own)
         threading.Thread(target=self._run, name="exchanges", daemon=True).start()
@@ -37,7 +42,7 @@ class Overlap:
         """Have started exchanges carried out by the thread within a block, at whose end all are done."""
         link, own = self._link, self._own
         own[:] = link
-        own[x.PATIENT], link[x.OVERLAPS] = 1, 1
+        own[x.PATIENCE], link[x.OVERLAPS] = self._patience, 1
         self._begin.release()
         try:
             yield
