@@ -8,13 +8,20 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StepStats:
-    """One step on the root: tokens fed, seconds in all and in synchronisation, bytes sent and received."""
+    """One step on the root.
+
+    Attributes:
+        tokens: fed, rejected drafts left out. sync_seconds: the part of the seconds that went into synchronisation.
+        sent, received: bytes. drafted: tokens fed on the chance that they come; accepted: those that did.
+    """
 
     tokens: int
     seconds: float
     sync_seconds: float
     sent: int
     received: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass
@@ -28,6 +35,7 @@ class Stats:
         rank_wait_seconds: for each rank, how long it waited in synchronisation. The one that waited least is the
             slowest: the others waited for it.
         full_gathers: rows whose candidates did not cover what the sampler needed.
+        speculates: whether tokens were drafted where that seemed to pay.
     """
 
     prefill: list[StepStats] = field(default_factory=list)
@@ -38,6 +46,7 @@ class Stats:
     rank_hosts: list[str] = field(default_factory=list)
     rank_wait_seconds: list[float] = field(default_factory=list)
     full_gathers: int = 0
+    speculates: bool = False
 
     @staticmethod
     def _rate(steps: list[StepStats]) -> float | None:
@@ -53,6 +62,17 @@ class Stats:
     def decode_tokens_per_second(self) -> float | None:
         """Generated tokens fed a second, all sequences together."""
         return self._rate(self.decode)
+
+    def speculation(self) -> dict[str, Any]:
+        """Return what drafts came to; rates are None where nothing was drafted or decoded."""
+        steps = [*self.prefill, *self.decode]
+        drafted, accepted = (sum(getattr(s, name) for s in steps) for name in ("drafted", "accepted"))
+        return {
+            "drafted": drafted,
+            "accepted": accepted,
+            "acceptance_rate": accepted / drafted if drafted else None,
+            "tokens_per_decode_step": sum(s.tokens for s in self.decode) / len(self.decode) if self.decode else None,
+        }
 
     @property
     def slowest_rank(self) -> int | None:
@@ -88,6 +108,7 @@ class Stats:
             ],
             "slowest_rank": self.slowest_rank,
             "full_gathers": self.full_gathers,
+            **({"speculation": self.speculation()} if self.speculates else {}),
         }
 
     def step_lines(self) -> list[str]:
@@ -96,9 +117,10 @@ class Stats:
         for name, steps in (("prompt", self.prefill), ("token", self.decode)):
             for s in steps:
                 compute = 1e3 * (s.seconds - s.sync_seconds)
+                drafts = f"  drafted {s.drafted:2}, accepted {s.accepted:2}" if self.speculates else ""
                 lines.append(
                     f"{name:>6} x{s.tokens:<4} compute {compute:8.2f} ms  sync {1e3 * s.sync_seconds:7.2f} ms"
-                    f"  sent {s.sent / 1e3:8.1f} kB  received {s.received / 1e3:8.1f} kB"
+                    f"  sent {s.sent / 1e3:8.1f} kB  received {s.received / 1e3:8.1f} kB{drafts}"
                 )
         return lines
 
@@ -114,6 +136,14 @@ class Stats:
         ]
         if self.first_token_seconds is not None:
             lines.append(f"time to first token {self.first_token_seconds:.3f} s")
+        if self.speculates:
+            s = self.speculation()
+            rate, each = s["acceptance_rate"], s["tokens_per_decode_step"]
+            share = "" if rate is None else f" ({rate:.0%})"
+            lines.append(
+                f"drafted {s['drafted']} tokens, accepted {s['accepted']}{share}"
+                + ("" if each is None else f"; {each:.2f} tokens a decode step")
+            )
         slowest = self.slowest_rank
         if slowest is not None:
             waits = ", ".join(f"{rank}: {1e3 * w:.1f} ms" for rank, w in enumerate(self.rank_wait_seconds))
