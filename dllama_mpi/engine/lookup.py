@@ -13,7 +13,7 @@ MOST_DRAFTS = 15  # of one sequence in a step
 _SHORTEST, _LONGEST = 2, 8  # matched tokens that count
 _TRIED = 32  # earlier occurrences of a pair that are looked at
 _MEMORY = 1 / 8  # weight of the newest success or failure
-_PRIOR_COST, _PRIOR_WEIGHT = 0.1, 16.0
+_PRIOR_COST, _PRIOR_WEIGHT = 0.1, 4.0
 _FADE = 1 / 64  # of a step's weight, with each later one
 _OUTLIER = 4.0  # times the mean: what a step can take without something else being to blame
 
