@@ -65,7 +65,7 @@ def generate(llm: LLM, prompt: str, params: SamplingParams, speculate: bool) -> 
 
 
 def measure(llm: LLM, prompt: str, params: SamplingParams, repetitions: int) -> dict[str, Any]:
-    """Return the median run of each kind, and what speculation gains; the kinds take turns."""
+    """Return the median run of each kind, and what speculation gains by the medians; the kinds take turns."""
     runs: dict[str, list[dict[str, Any]]] = {"off": [], "lookup": []}
     texts = []
     for turn in range(repetitions + 1):
@@ -74,10 +74,12 @@ def measure(llm: LLM, prompt: str, params: SamplingParams, repetitions: int) -> 
             texts.append(tokens)
             if turn:  # the first warms up
                 found.append(figures)
-    middle = {
-        kind: sorted(found, key=lambda f: f["tokens_per_second"])[len(found) // 2] for kind, found in runs.items()
-    }
-    speeds = {kind: statistics.median(f["tokens_per_second"] for f in found) for kind, found in runs.items()}
+    middle = {}
+    for kind, found in runs.items():
+        found.sort(key=lambda figures: figures["tokens_per_second"])
+        samples = [figures["tokens_per_second"] for figures in found]
+        middle[kind] = {**found[len(found) // 2], "samples_tokens_per_second": samples}
+    speeds = {kind: statistics.median(one["samples_tokens_per_second"]) for kind, one in middle.items()}
     same = all(tokens == texts[0] for tokens in texts)
     return {**middle, "speedup": speeds["lookup"] / speeds["off"], "same_text": same}
 

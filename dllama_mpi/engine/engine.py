@@ -67,7 +67,7 @@ class Engine:
             accepted=accepted,
         )
         (stats.prefill if plan.is_prefill else stats.decode).append(step)
-        if not plan.is_prefill:
+        if stats.speculates and not plan.is_prefill:
             self.scheduler.draft_cost.observe(drafted, step.seconds)
         return taken
 
