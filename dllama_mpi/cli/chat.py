@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ..errors import RequestError
 from ..log import say
 from .interrupt import on_interrupt
-from .options import add_model_options, add_sampling_options, load, sampling
+from .options import add_model_options, add_sampling_options, add_speculation_option, load, sampling
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="llama2, llama3, deepseek3, chatml, mistral, zephyr, or a .jinja file (default: the model's)",
     )
     parser.add_argument("--stats", action="store_true", help="show figures after each answer on stderr")
+    add_speculation_option(parser)
     add_model_options(parser)
     add_sampling_options(parser)
 

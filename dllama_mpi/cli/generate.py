@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 from ..log import say
 from .interrupt import on_interrupt
-from .options import add_model_options, add_sampling_options, load, read_text, sampling
+from .options import add_model_options, add_sampling_options, add_speculation_option, load, read_text, sampling
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM, Generation
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stats", action="store_true", help="show times and bytes for the prompt and each token on stderr"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
+    add_speculation_option(parser)
     add_model_options(parser)
     add_sampling_options(parser)
 
@@ -81,6 +82,7 @@ def _report(args: argparse.Namespace, llm: LLM, result: Generation) -> dict[str,
         "nthreads": llm.threads,
         "weights": llm.format.name,
         "buffer_float_type": args.buffer_float_type,
+        "speculate": args.speculate,
         "text": result.text,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason,

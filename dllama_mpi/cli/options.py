@@ -92,6 +92,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_speculation_option(parser: argparse.ArgumentParser) -> None:
+    """Add what commands that generate text take besides."""
+    parser.add_argument(
+        "--speculate",
+        choices=("off", "lookup"),
+        default="off",
+        help="lookup: draft what followed the last tokens when they occurred before, and check several tokens in one"
+        " step; the same text in fewer steps where it repeats the prompt or itself (default: off)",
+    )
+
+
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """Add what `SamplingParams` takes."""
     group = parser.add_argument_group("sampling", "defaults: the model's generation_config.json, else those given here")
@@ -146,6 +157,7 @@ def load(args: argparse.Namespace, group: TensorParallelGroup, max_batch: int = 
 
     names = "tokenizer weights max_seq_len kv_type buffer_float_type sync nthreads split prefill_chunk bind"
     options = {name: getattr(args, name) for name in names.split()}
+    options["speculate"] = getattr(args, "speculate", None)  # not every command generates text
     return LLM(args.model, group=group, quiet=False, max_batch=max_batch, **options)
 
 

@@ -32,18 +32,19 @@ class Engine:
         for sequence in sequences:
             self.scheduler.add(sequence)
         stats.prompt_tokens += sum(s.prompt_length for s in sequences)
+        stats.speculates = stats.speculates or any(s.lookup is not None for s in sequences)
         started = time.perf_counter()
         try:
             while (plan := self.scheduler.next_plan()) is not None:
-                for sequence, token in self._step(plan, stats):
+                for sequence, token, piece in self._step(plan, stats):
                     if stats.first_token_seconds is None:
                         stats.first_token_seconds = time.perf_counter() - started
                     stats.output_tokens += 1
-                    yield sequence, token, sequence.append(token)
+                    yield sequence, token, piece
         finally:
             self.scheduler.clear()
 
-    def _step(self, plan: Plan, stats: Stats) -> list[tuple[Sequence, int]]:
+    def _step(self, plan: Plan, stats: Stats) -> list[tuple[Sequence, int, str]]:
         traffic, begun = self.group.traffic, time.perf_counter()
         waited, sent, received = traffic.seconds, traffic.sent, traffic.received
         rows = np.zeros(len(plan.sequences), ROW)
@@ -54,19 +55,39 @@ class Engine:
             row["presence"], row["frequency"] = p.presence_penalty, p.frequency_penalty
         answers = self._order(Step(plan.batch, rows, Want.CANDIDATES))
         plan.commit()
-        chosen = [(s, self._choose(s, c, i, stats)) for i, (s, c) in enumerate(self._merged(plan, answers))]
+        drafted = sum(draft >= 0 for draft in plan.drafts)
+        taken, accepted = self._take(plan, answers, stats)
         step = StepStats(
-            tokens=plan.batch.tokens,
+            tokens=plan.batch.tokens - (drafted - accepted),
             seconds=time.perf_counter() - begun,
             sync_seconds=traffic.seconds - waited,
             sent=traffic.sent - sent,
             received=traffic.received - received,
+            drafted=drafted,
+            accepted=accepted,
         )
         (stats.prefill if plan.is_prefill else stats.decode).append(step)
-        return chosen
+        if stats.speculates and not plan.is_prefill:
+            self.scheduler.draft_cost.observe(drafted, step.seconds)
+        return taken
 
-    def _merged(self, plan: Plan, answers: list[np.ndarray]) -> list[tuple[Sequence, Candidates]]:
-        return list(zip(plan.sequences, merge(answers), strict=True)) if plan.sequences else []
+    def _take(self, plan: Plan, answers: list[np.ndarray], stats: Stats) -> tuple[list[tuple[Sequence, int, str]], int]:
+        """Choose each row's token; return what the sequences took, with its text, and how many drafts were right.
+
+        Drafts change no distribution: a token is drawn as without them, and the row after a draft counts only where
+        the draft is what was drawn.
+        """
+        taken, accepted, counts, previous = [], 0, True, -1
+        rows = zip(plan.sequences, plan.drafts, merge(answers), strict=True) if plan.sequences else ()
+        for i, (sequence, draft, candidates) in enumerate(rows):
+            if previous < 0 or counts:
+                token = self._choose(sequence, candidates, i, stats)
+                taken.append((sequence, token, sequence.append(token)))
+                accepted += token == draft
+                sequence.computed += token == draft
+                counts = token == draft and sequence.finish_reason is None
+            previous = draft
+        return taken, accepted
 
     def _choose(self, sequence: Sequence, candidates: Candidates, index: int, stats: Stats) -> int:
         greedy = sequence.params.temperature == 0
@@ -74,11 +95,10 @@ class Engine:
         token = choose(candidates, sequence.params, value)
         if token is None:
             stats.full_gathers += 1
-            self.group.send_command(Command.FULL_LOGITS)
-            parts = self.runner.full_logits()
+            self.group.send_command(Command.FULL_LOGITS, np.int32(index).tobytes())
+            parts = self.runner.full_logits(index)
             assert parts is not None
-            logits = np.concatenate([part[index] for part in parts])
-            token = choose(whole(logits, sequence.params.temperature), sequence.params, value)
+            token = choose(whole(np.concatenate(parts), sequence.params.temperature), sequence.params, value)
             assert token is not None
         return token
 

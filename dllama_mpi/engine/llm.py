@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -34,6 +34,7 @@ from ..text.tokenizer import Tokenizer
 from ..weights.checkpoint import Checkpoint
 from ..weights.random import RandomCheckpoint
 from .engine import Engine
+from .lookup import MOST_DRAFTS, Lookup
 from .memory import Need, available_bytes, fitting_positions
 from .runner import Runner
 from .scheduler import Plan
@@ -44,6 +45,7 @@ from .step import Command
 from .worker import serve
 
 RANDOM = "random:"  # before a shape's name: its weights are random, and on no disk
+SPECULATIONS = ("off", "lookup")
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 Prompt = str | Sequence[int]
 
@@ -65,6 +67,8 @@ class Options:
         kv_type: "f16", "f32" or "q80"; None: f32 with f32 weights, else f16.
         split: the ranks' shares, such as "3,1,1"; None: equal.
         tokenizer: a tokenizer.json or a folder with one; None: the model's.
+        speculate: "lookup" drafts tokens from earlier occurrences of the last ones and checks several in a step; the
+            text stays what it is. None or "off": one token a step.
         bind: keep each rank on cores of its own, and each of its threads on one.
         quiet: print nothing on stderr.
     """
@@ -80,12 +84,19 @@ class Options:
     kv_type: str | None = None
     split: str | None = None
     tokenizer: str | None = None
+    speculate: str | None = None
     bind: bool = False
     quiet: bool = True
 
     def check(self) -> None:
         """Raise a UsageError that names the first value that cannot be."""
-        choices = (("weights", FORMATS), ("buffer_float_type", PAYLOADS), ("kv_type", KV_TYPES), ("sync", SYNCS))
+        choices: tuple[tuple[str, Collection[str]], ...] = (
+            ("weights", FORMATS),
+            ("buffer_float_type", PAYLOADS),
+            ("kv_type", KV_TYPES),
+            ("sync", SYNCS),
+            ("speculate", SPECULATIONS),
+        )
         for name, allowed in choices:
             value = getattr(self, name)
             if value not in allowed and not (value is None and name != "sync"):
@@ -145,7 +156,8 @@ class LLM:
             say(f"compiling kernels for {runtime.describe()}; this takes about 20 seconds and is done once")
         self.kv_type = o.kv_type or ("f32" if self.format.name == "f32" else "f16")
         context = Context(self.group, parts[self.group.rank], self.format, self.threads)
-        tokens = o.prefill_chunk + o.max_batch
+        self.speculates = o.speculate == "lookup"
+        tokens = o.prefill_chunk + o.max_batch * (1 + MOST_DRAFTS * self.speculates)
         self.max_seq_len = self._positions(context, tokens)
         with self.group.together():
             show = self.group.is_root and not o.quiet
@@ -289,7 +301,8 @@ class LLM:
         text = TextStream(self._tokenizer, () if is_chat else ids, params.stop) if self._tokenizer else None
         limit = self.max_seq_len if params.max_tokens is None else min(self.max_seq_len, len(ids) + params.max_tokens)
         rng = np.random.default_rng(secrets.randbits(64) if params.seed is None else params.seed)
-        return Request(ids, params, limit, text, rng, self.stop_ids)
+        lookup = Lookup() if self.speculates else None
+        return Request(ids, params, limit, text, rng, self.stop_ids, lookup=lookup)
 
     @property
     def stop_ids(self) -> frozenset[int]:

@@ -37,9 +37,9 @@ class Runner:
         self._logits = self._prepared(hidden, step)
         return self.group.gather(local_best(self._logits, step.rows, self.first_id))
 
-    def full_logits(self) -> list[np.ndarray] | None:
-        """Return all ranks' logits, penalties applied, of the last step's rows on the root; None elsewhere."""
-        return self.group.gather(self._logits)
+    def full_logits(self, row: int) -> list[np.ndarray] | None:
+        """Return all ranks' logits, penalties applied, of one of the last step's rows on the root; None elsewhere."""
+        return self.group.gather(self._logits[row])
 
     def _prepared(self, hidden: np.ndarray, step: Step) -> np.ndarray:
         parts = [self.model.logits(hidden[i : i + HEAD_ROWS]) for i in range(0, len(hidden), HEAD_ROWS)]

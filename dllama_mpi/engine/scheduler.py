@@ -1,4 +1,4 @@
-"""Which tokens go into the next step: continuous batching with prefill in chunks."""
+"""Which tokens go into the next step: continuous batching with prefill in chunks, drafts to be checked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..model.batch import Batch
+from .lookup import MOST_DRAFTS, DraftCost
 from .sequence import Sequence
 
 
@@ -16,29 +17,34 @@ class Plan:
     """A step's batch, the sequences whose logits it wants (one a logit row), and whether it feeds prompts.
 
     Attributes:
-        fed: how many tokens of which sequence the batch holds.
+        fed: how many tokens of which sequence the batch holds, drafts left out.
+        drafts: for each logit row the token drafted to follow, which the next row's token is; -1 for none.
     """
 
     batch: Batch
     sequences: list[Sequence]
     is_prefill: bool
     fed: tuple[tuple[Sequence, int], ...] = ()
+    drafts: tuple[int, ...] = ()
 
     def commit(self) -> None:
-        """Count the batch's tokens as computed, once the step has been carried out."""
+        """Count the batch's tokens as computed, once the step has been carried out; drafts are not counted yet."""
         for sequence, count in self.fed:
             sequence.computed += count
 
 
 class Scheduler:
-    """Gives waiting sequences a slot and packs steps of up to `chunk` prompt tokens and one token a running sequence.
+    """Gives waiting sequences a slot and packs steps of up to `chunk` prompt tokens and, for each running sequence,
+    one token and up to `MOST_DRAFTS` drafts.
 
     Attributes:
         reuse: whether a sequence may start from what its slot's last one left in the KV cache.
+        draft_cost: of a drafted token.
     """
 
     def __init__(self, slots: int, chunk: int) -> None:
         self.chunk, self.reuse = chunk, False
+        self.draft_cost = DraftCost()
         self._cached: list[list[int]] = [[] for _ in range(slots)]  # the tokens that each slot's KV cache holds
         self._free = list(range(slots))[::-1]
         self._waiting: deque[Sequence] = deque()
@@ -92,6 +98,7 @@ class Scheduler:
         columns: list[list[int]] = [[], [], [], []]
         rows: list[int] = []
         wanted: list[Sequence] = []
+        expected: list[int] = []
         fed: list[tuple[Sequence, int]] = []
         for sequence in self._running:
             left = len(sequence.tokens) - sequence.computed
@@ -101,17 +108,27 @@ class Scheduler:
                 continue
             if prompt:
                 room, is_prefill = room - count, True
-            positions = range(sequence.computed, sequence.computed + count)
-            columns[0] += sequence.tokens[positions.start : positions.stop]
+            drafts = [] if prompt else self._draft(sequence)
+            positions = range(sequence.computed, sequence.computed + count + len(drafts))
+            columns[0] += [*sequence.tokens[positions.start : positions.start + count], *drafts]
             columns[1] += positions
-            columns[2] += [sequence.slot] * count
+            columns[2] += [sequence.slot] * len(positions)
             columns[3] += [max(sequence.prompt_length, p + 1) for p in positions]
             fed.append((sequence, count))
             if count == left:
-                rows.append(len(columns[0]) - 1)
-                wanted.append(sequence)
+                rows += range(len(columns[0]) - 1 - len(drafts), len(columns[0]))
+                wanted += [sequence] * (1 + len(drafts))
+                expected += [*drafts, -1]
         ids, where, slots, lengths = (np.array(c, np.int32) for c in columns)
-        return Plan(Batch(ids, where, slots, lengths, np.array(rows, np.int32)), wanted, is_prefill, tuple(fed))
+        batch = Batch(ids, where, slots, lengths, np.array(rows, np.int32))
+        return Plan(batch, wanted, is_prefill, tuple(fed), tuple(expected))
+
+    def _draft(self, sequence: Sequence) -> list[int]:
+        if sequence.lookup is None:
+            return []
+        most = min(MOST_DRAFTS, sequence.limit - len(sequence.tokens) - 1)  # one more token comes in any case
+        # The step serves all running sequences: to each it costs its part of the whole.
+        return sequence.lookup.propose(sequence.tokens, most, self.draft_cost.share * len(self._running))
 
 
 def _common(first: list[int], second: list[int]) -> int:

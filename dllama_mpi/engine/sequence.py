@@ -10,6 +10,7 @@ import numpy as np
 
 from ..errors import RequestError
 from ..text.stream import TextStream
+from .lookup import Lookup
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Sequence:
         tokens: the prompt's ids, then the generated ones.
         computed: how many of them are in the KV cache.
         finish_reason: "stop" (a stop token or string), "length", "abort", or None while it runs.
+        lookup: what drafts its next tokens; None for no speculation.
     """
 
     tokens: list[int]
@@ -92,6 +94,7 @@ class Sequence:
     slot: int = -1
     finish_reason: str | None = None
     pieces: list[str] = field(default_factory=list)
+    lookup: Lookup | None = None
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)

@@ -10,13 +10,20 @@ from ..parallel.allreduce import Choice
 
 @dataclass(frozen=True)
 class StepStats:
-    """One step on the root: tokens fed, seconds in all and in synchronisation, bytes sent and received."""
+    """One step on the root.
+
+    Attributes:
+        tokens: fed, rejected drafts left out. sync_seconds: the part of the seconds that went into synchronisation.
+        sent, received: bytes. drafted: tokens fed on the chance that they come; accepted: those that did.
+    """
 
     tokens: int
     seconds: float
     sync_seconds: float
     sent: int
     received: int
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass
@@ -31,6 +38,7 @@ class Stats:
             slowest: the others waited for it.
         full_gathers: rows whose candidates did not cover what the sampler needed.
         payload, sync: what all-reduces send between hosts, and how they are done, by size.
+        speculates: whether tokens were drafted where that seemed to pay.
     """
 
     prefill: list[StepStats] = field(default_factory=list)
@@ -43,6 +51,7 @@ class Stats:
     full_gathers: int = 0
     payload: str = "f32"
     sync: list[Choice] = field(default_factory=list)
+    speculates: bool = False
 
     @staticmethod
     def _rate(steps: list[StepStats]) -> float | None:
@@ -58,6 +67,17 @@ class Stats:
     def decode_tokens_per_second(self) -> float | None:
         """Generated tokens fed a second, all sequences together."""
         return self._rate(self.decode)
+
+    def speculation(self) -> dict[str, Any]:
+        """Return what drafts came to; rates are None where nothing was drafted or decoded."""
+        steps = [*self.prefill, *self.decode]
+        drafted, accepted = (sum(getattr(s, name) for s in steps) for name in ("drafted", "accepted"))
+        return {
+            "drafted": drafted,
+            "accepted": accepted,
+            "acceptance_rate": accepted / drafted if drafted else None,
+            "tokens_per_decode_step": sum(s.tokens for s in self.decode) / len(self.decode) if self.decode else None,
+        }
 
     @property
     def slowest_rank(self) -> int | None:
@@ -95,6 +115,7 @@ class Stats:
             "full_gathers": self.full_gathers,
             "buffer_float_type": self.payload,
             "sync": [choice.to_dict() for choice in self.sync],
+            **({"speculation": self.speculation()} if self.speculates else {}),
         }
 
     def step_lines(self) -> list[str]:
@@ -103,9 +124,10 @@ class Stats:
         for name, steps in (("prompt", self.prefill), ("token", self.decode)):
             for s in steps:
                 compute = 1e3 * (s.seconds - s.sync_seconds)
+                drafts = f"  drafted {s.drafted:2}, accepted {s.accepted:2}" if self.speculates else ""
                 lines.append(
                     f"{name:>6} x{s.tokens:<4} compute {compute:8.2f} ms  sync {1e3 * s.sync_seconds:7.2f} ms"
-                    f"  sent {s.sent / 1e3:8.1f} kB  received {s.received / 1e3:8.1f} kB"
+                    f"  sent {s.sent / 1e3:8.1f} kB  received {s.received / 1e3:8.1f} kB{drafts}"
                 )
         return lines
 
@@ -122,6 +144,14 @@ class Stats:
         if self.first_token_seconds is not None:
             lines.append(f"time to first token {self.first_token_seconds:.3f} s")
         lines += [choice.describe() for choice in self.sync]
+        if self.speculates:
+            s = self.speculation()
+            rate, each = s["acceptance_rate"], s["tokens_per_decode_step"]
+            share = "" if rate is None else f" ({rate:.0%})"
+            lines.append(
+                f"drafted {s['drafted']} tokens, accepted {s['accepted']}{share}"
+                + ("" if each is None else f"; {each:.2f} tokens a decode step")
+            )
         slowest = self.slowest_rank
         if slowest is not None:
             waits = ", ".join(f"{rank}: {1e3 * w:.1f} ms" for rank, w in enumerate(self.rank_wait_seconds))

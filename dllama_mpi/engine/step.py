@@ -14,7 +14,7 @@ class Command(IntEnum):
     """What the root can ask of the workers."""
 
     STEP = 1  # payload: a Step
-    FULL_LOGITS = 2  # send all logits of the last step's rows
+    FULL_LOGITS = 2  # payload: an int32, the row of the last step whose logits are wanted, all of them
     TIMES = 3  # send how long each rank waited
     DONE = 4  # this call is over
     FAILED = 5  # payload: an error that every rank shall raise

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 
+import numpy as np
+
 from ..parallel.group import TensorParallelGroup
 from .runner import Runner
 from .step import Command, Step
@@ -20,7 +22,7 @@ def serve(runner: Runner, group: TensorParallelGroup) -> None:
         if kind == Command.STEP:
             runner.step(Step.from_bytes(payload))
         elif kind == Command.FULL_LOGITS:
-            runner.full_logits()
+            runner.full_logits(int(np.frombuffer(payload, np.int32)[0]))
         elif kind == Command.TIMES:
             group.allgather(group.traffic.seconds)
         elif kind == Command.FAILED:
