@@ -5,6 +5,9 @@ python benchmarks/kernels.py [--shape 8192x2048] [--formats q40,q80,f16,f32] [--
 A product of weights (rows, cols) with n tokens does rows * cols * n multiply-adds on the bytes of the weights, which
 come from memory: several matrices are used in turn. What a kernel can reach is the lesser of the arithmetic's ceiling
 and of the memory's bandwidth times the multiply-adds a byte. Attention reads keys and values instead of weights.
+
+The memory's bandwidth may change from minute to minute, so it is measured in turns with each kernel: a kernel's roof
+takes the median of the readings between its own runs.
 """
 
 from __future__ import annotations
@@ -33,13 +36,15 @@ from report import (
 from dllama_mpi.kernels import elementwise, runtime
 from dllama_mpi.kernels.attention import attention
 from dllama_mpi.kernels.layout import FORMATS, TileFormat
-from dllama_mpi.model.kv_cache import KVCache, bytes_per_position
+from dllama_mpi.kernels.probe import ReadProbe
+from dllama_mpi.log import progress
+from dllama_mpi.model.kv_cache import KV_TYPES, KVCache, bytes_per_position
 from dllama_mpi.model.linear import Activations, multiply
 from dllama_mpi.weights.random import RandomTensor
 from dllama_mpi.weights.tiles import TileMatrix, aligned_empty
 
 MEMORY = 256 << 20  # bytes of weights used in turn: several times the last cache
-SECONDS, LEAST_TIMES = 0.4, 5  # how long a case is measured, and how often at least
+SECONDS, LEAST_TIMES = 0.8, 7  # how long a case is measured, readings included, and how often at least
 
 
 @dataclass(frozen=True)
@@ -59,11 +64,11 @@ class Case:
     arithmetic: str
     run: Callable[[], None]
 
-    def measure(self, limits: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, limits: dict[str, Any], memory: ReadProbe) -> dict[str, Any]:
         """Return the figures, beside what the ceilings allow."""
-        seconds = self._seconds() / self.times
-        intensity = self.macs / self.size
-        roof = min(limits[self.arithmetic], limits["read_gb_per_s"] * intensity)
+        seconds, readings = self._measure(memory)
+        intensity, limit = self.macs / self.size, statistics.median(readings)
+        roof = min(limits[self.arithmetic], limit * intensity)
         return {
             "kernel": self.kernel,
             "kind": self.kind,
@@ -71,21 +76,25 @@ class Case:
             "microseconds": seconds * 1e6,
             "gmac_per_s": self.macs / seconds / 1e9,
             "read_gb_per_s": self.size / seconds / 1e9,
+            "read_limit_gb_per_s": limit,
+            "best_reading_gb_per_s": max(readings),
             "mac_per_byte": intensity,
             "roof_gmac_per_s": roof,
             "share_of_roof": self.macs / seconds / 1e9 / roof,
         }
 
-    def _seconds(self) -> float:
-        """Return the median of many times."""
+    def _measure(self, memory: ReadProbe) -> tuple[float, list[float]]:
+        """Return the median seconds of one time, and the memory's rates in GB/s between the runs."""
         self.run()
         samples: list[float] = []
+        readings: list[float] = []
         until = time.perf_counter() + SECONDS
         while len(samples) < LEAST_TIMES or time.perf_counter() < until:
+            readings.append(memory.size / memory.seconds() / 1e9)
             started = time.perf_counter()
             self.run()
             samples.append(time.perf_counter() - started)
-        return statistics.median(samples)
+        return statistics.median(samples) / self.times, readings
 
 
 def matmuls(fmt: TileFormat, rows: int, cols: int, counts: list[int], threads: int) -> Iterator[Case]:
@@ -123,8 +132,7 @@ def attentions(
     rng = np.random.default_rng(0)
     for layer in range(layers):
         for part in cache.layer(layer):
-            values = rng.standard_normal(part.shape[-3:], np.float32)
-            part[:] = values if part.dtype == np.float32 else values.astype(np.float16).view(np.uint16)
+            part[:] = _random(rng, part)
     scale, group = np.float32(head_dim**-0.5), query_heads // kv_heads
     for depth in depths:
         for tokens in counts:
@@ -145,6 +153,14 @@ def attentions(
             yield Case("attention", kind, tokens, macs, size, layers, "f32_fma_gmac_per_s", run)
 
 
+def _random(rng: np.random.Generator, part: np.ndarray) -> np.ndarray:
+    """Return random values for an array of a KV cache: float32, float16 bits or int8 codes."""
+    if part.dtype == np.int8:
+        return rng.integers(-127, 128, part.shape, np.int8)
+    values = rng.standard_normal(part.shape, np.float32)
+    return values if part.dtype == np.float32 else values.astype(np.float16).view(np.uint16)
+
+
 def _copy(tiles: np.ndarray) -> np.ndarray:
     copy = aligned_empty(tiles.shape)
     copy[:] = tiles
@@ -158,11 +174,22 @@ def options() -> argparse.Namespace:
     parser.add_argument("--formats", default=",".join(FORMATS), metavar="NAME,...")
     parser.add_argument("--heads", default="32x8x64", metavar="QxKVxDIM", help="query heads, KV heads, their size")
     parser.add_argument("--depths", type=whole_numbers, default=[128, 1024, 4096], metavar="N,...", help="of attention")
+    parser.add_argument("--kv-types", default=",".join(KV_TYPES), metavar="TYPE,...", help="of the cache of attention")
     parser.add_argument("--attention-tokens", type=whole_numbers, default=[1, 256], metavar="N,...")
     parser.add_argument("--tokens", type=whole_numbers, default=[2**i for i in range(10)], metavar="N,...")
     parser.add_argument("--nthreads", type=int, metavar="N", help="(default: all cores)")
     add_output_options(parser)
     return parser.parse_args()
+
+
+def every_case(args: argparse.Namespace, threads: int) -> Iterator[Case]:
+    """Yield what the options ask for; the memory of one kind is given back before the next is made."""
+    rows, cols = (int(part) for part in args.shape.split("x"))
+    for name in args.formats.split(","):
+        yield from matmuls(FORMATS[name], rows, cols, args.tokens, threads)
+    query_heads, kv_heads, head_dim = (int(part) for part in args.heads.split("x"))
+    for kv_type in args.kv_types.split(","):
+        yield from attentions(kv_type, (query_heads, kv_heads, head_dim), args.depths, args.attention_tokens, threads)
 
 
 def main() -> None:
@@ -171,14 +198,8 @@ def main() -> None:
     threads = args.nthreads or runtime.most_threads()
     limits, noise = ceilings(threads), Disturbance()
     say_ceilings(limits)
-    rows, cols = (int(part) for part in args.shape.split("x"))
-    cases = [
-        case for name in args.formats.split(",") for case in matmuls(FORMATS[name], rows, cols, args.tokens, threads)
-    ]
-    found = [case.measure(limits) for case in cases]
-    query_heads, kv_heads, head_dim = (int(part) for part in args.heads.split("x"))
-    attending = attentions("f16", (query_heads, kv_heads, head_dim), args.depths, args.attention_tokens, threads)
-    found += [case.measure(limits) for case in attending]
+    memory = ReadProbe(MEMORY, threads)
+    found = [case.measure(limits, memory) for case in progress(every_case(args, threads), "measuring", True)]
     cells = [
         [
             f"{f['kernel']} {f['kind']}",
@@ -186,16 +207,17 @@ def main() -> None:
             f"{f['microseconds']:.0f}",
             f"{f['gmac_per_s']:.1f}",
             f"{f['read_gb_per_s']:.1f}",
+            f"{f['read_limit_gb_per_s']:.1f}",
             f"{f['roof_gmac_per_s']:.0f}",
             f"{f['share_of_roof']:.0%}",
         ]
         for f in found
     ]
-    say_table(["kernel", "tokens", "µs", "GMAC/s", "GB/s", "roof GMAC/s", "share"], cells)
+    say_table(["kernel", "tokens", "µs", "GMAC/s", "GB/s", "memory GB/s", "roof GMAC/s", "share"], cells)
     if args.plot is not None:
         draw(found, limits, args.plot)
     noise.say()
-    about = {"instruction_set": runtime.ISA, "rows": rows, "cols": cols, "heads": args.heads}
+    about = {"instruction_set": runtime.ISA, "shape": args.shape, "heads": args.heads}
     finish(
         {"benchmark": "kernels", **about, "ceilings": limits, "others_cpu_share": noise.share(), "results": found},
         args.json,
