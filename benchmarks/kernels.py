@@ -20,14 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import roofline
 from report import (
-    COLOURS,
     Disturbance,
     add_output_options,
     ceilings,
-    figure,
     finish,
-    save,
     say_ceilings,
     say_table,
     whole_numbers,
@@ -52,11 +50,13 @@ class Case:
     """One kernel on one input. `run` does the work `times` times over, each on other memory.
 
     Attributes:
-        macs: multiply-adds of one time. size: bytes it reads from memory. arithmetic: the ceiling's key.
+        depth: positions before the tokens, of attention. macs: multiply-adds of one time. size: bytes it reads from
+            memory. arithmetic: the ceiling's key.
     """
 
     kernel: str
-    kind: str
+    format: str
+    depth: int
     tokens: int
     macs: float
     size: float
@@ -71,7 +71,8 @@ class Case:
         roof = min(limits[self.arithmetic], limit * intensity)
         return {
             "kernel": self.kernel,
-            "kind": self.kind,
+            "format": self.format,
+            "depth": self.depth,
             "tokens": self.tokens,
             "microseconds": seconds * 1e6,
             "gmac_per_s": self.macs / seconds / 1e9,
@@ -118,7 +119,7 @@ def matmuls(fmt: TileFormat, rows: int, cols: int, counts: list[int], threads: i
                 multiply(matrix, x, out, tokens, threads)
 
         size = one.tiles.nbytes
-        yield Case("matmul", fmt.name, tokens, float(rows * cols * tokens), size, len(used), arithmetic, run)
+        yield Case("matmul", fmt.name, 0, tokens, float(rows * cols * tokens), size, len(used), arithmetic, run)
 
 
 def attentions(
@@ -148,9 +149,8 @@ def attentions(
 
             seen = float(np.sum(positions + 1.0))
             size = bytes_per_position(1, kv_heads, head_dim, kv_type) * float(depth + tokens)
-            kind = f"{kv_type} at {depth}"
             macs = 2 * seen * query_heads * head_dim
-            yield Case("attention", kind, tokens, macs, size, layers, "f32_fma_gmac_per_s", run)
+            yield Case("attention", kv_type, depth, tokens, macs, size, layers, "f32_fma_gmac_per_s", run)
 
 
 def _random(rng: np.random.Generator, part: np.ndarray) -> np.ndarray:
@@ -202,7 +202,7 @@ def main() -> None:
     found = [case.measure(limits, memory) for case in progress(every_case(args, threads), "measuring", True)]
     cells = [
         [
-            f"{f['kernel']} {f['kind']}",
+            f"{f['kernel']} {f['format']}" + f" at {f['depth']}" * (f["depth"] > 0),
             str(f["tokens"]),
             f"{f['microseconds']:.0f}",
             f"{f['gmac_per_s']:.1f}",
@@ -214,36 +214,13 @@ def main() -> None:
         for f in found
     ]
     say_table(["kernel", "tokens", "µs", "GMAC/s", "GB/s", "memory GB/s", "roof GMAC/s", "share"], cells)
-    if args.plot is not None:
-        draw(found, limits, args.plot)
     noise.say()
     about = {"instruction_set": runtime.ISA, "shape": args.shape, "heads": args.heads}
-    finish(
-        {"benchmark": "kernels", **about, "ceilings": limits, "others_cpu_share": noise.share(), "results": found},
-        args.json,
-    )
-
-
-def draw(found: list[dict[str, Any]], limits: dict[str, Any], path: str) -> None:
-    """Draw the roofline: multiply-adds a second over multiply-adds a byte."""
-    drawn, axes = figure()
-    x = np.geomspace(min(f["mac_per_byte"] for f in found) / 2, max(f["mac_per_byte"] for f in found) * 2, 200)
-    for name, style in (("int8_dot_gmac_per_s", "-"), ("f32_fma_gmac_per_s", "--")):
-        label = name.replace("_gmac_per_s", "").replace("_", " ")
-        axes.plot(
-            x, np.minimum(limits[name], limits["read_gb_per_s"] * x), style, color="#808080", label=f"ceiling {label}"
-        )
-    kinds = dict.fromkeys((f["kernel"], f["kind"]) for f in found)
-    for number, kind in enumerate(kinds):
-        points = [f for f in found if (f["kernel"], f["kind"]) == kind]
-        style = {"marker": "os^vDP"[number // len(COLOURS)], "color": COLOURS[number % len(COLOURS)]}
-        measured = [f["gmac_per_s"] for f in points]
-        axes.plot([f["mac_per_byte"] for f in points], measured, label=" ".join(kind), **style)
-    axes.set(xscale="log", yscale="log", xlabel="multiply-adds a byte read", ylabel="GMAC/s")
-    axes.set_title(f"{runtime.ISA}, {limits['threads']} threads, {limits['read_gb_per_s']:.0f} GB/s")
-    axes.legend(frameon=False, fontsize=8)
-    axes.grid(alpha=0.3, which="both")
-    save(drawn, path)
+    others = {"ceilings": limits, "others_cpu_share": noise.share()}
+    report = {"benchmark": "kernels", **about, **others, "results": found}
+    if args.plot is not None:
+        roofline.draw(report, args.plot)
+    finish(report, args.json)
 
 
 if __name__ == "__main__":

@@ -105,4 +105,4 @@ def figure(width: float = 9, height: float = 5.5) -> tuple[Any, Any]:
 
 def save(drawn: Any, path: str) -> None:
     """Write a figure as a PNG."""
-    drawn.savefig(path, dpi=120)
+    drawn.savefig(path, dpi=110, pil_kwargs={"optimize": True})
