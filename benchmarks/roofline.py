@@ -36,15 +36,19 @@ def draw(report: dict[str, Any], path: str) -> None:
 
 
 def draw_roof(axes: Any, chosen: list[dict[str, Any]], limits: dict[str, Any]) -> None:
-    """Draw the ceilings of memory and arithmetic, and name them."""
+    """Draw the ceilings of memory, the median and how far it changed, and of arithmetic."""
     low, high = (edge(f["mac_per_byte"] for f in chosen) for edge in (min, max))
     x = np.geomspace(low / 1.5, high * 1.5, 400)
-    memory = statistics.median(f["read_limit_gb_per_s"] for f in chosen)
+    rates = [f["read_limit_gb_per_s"] for f in chosen]
+    memory, slow, fast = statistics.median(rates), min(rates), max(rates)
+    axes.fill_between(x, *(np.minimum(limits[ARITHMETIC[0][0]], r * x) for r in (slow, fast)), color=INK, alpha=0.12,
+                      linewidth=0)  # fmt: skip
     for key, name, style in ARITHMETIC:
         axes.plot(x, np.minimum(limits[key], memory * x), style, color=INK, linewidth=1.2, zorder=1)
         axes.text(x[-1], limits[key] * 1.07, f"{name} {limits[key]:.0f} GMAC/s", ha="right", fontsize=8, color=INK)
     middle = (low * limits["int8_dot_gmac_per_s"] / memory) ** 0.5
-    axes.text(middle / 1.1, memory * middle, f"memory {memory:.0f} GB/s", ha="right", fontsize=8, color=INK)
+    name = f"memory {memory:.0f} GB/s\n({slow:.0f} to {fast:.0f} meanwhile)"
+    axes.text(middle / 1.1, fast * middle, name, ha="right", fontsize=8, color=INK)
 
 
 def draw_points(axes: Any, chosen: list[dict[str, Any]]) -> None:

@@ -121,7 +121,7 @@ def draw(lines: dict[str, list[dict[str, Any]]], bench: Bench, path: str) -> Non
             x, kind = [record[key] for record in records], line.rsplit(", ", 1)[1]
             axes.plot(x, [statistics.median(r["samples_ts"]) for r in records], "o-", color=colour, label=kind)
             if name.startswith("decode"):
-                limits = [statistics.median(r["samples_ts"]) / r["share_of_limit"] for r in records]
+                limits = [1e9 * r["n_batch"] / r["median_step_ns"] / r["share_of_limit"] for r in records]
                 axes.plot(x, limits, "--", color=colour, alpha=0.5, label=f"{kind}, limit of the memory")
         axes.set(title=name, ylabel="tokens/s", ylim=(0, None))
         axes.set_xlabel("sequences at once" if key == "n_batch" else "tokens in the KV cache")
