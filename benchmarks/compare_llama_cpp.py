@@ -22,10 +22,13 @@ import twins
 from report import CALM, Disturbance, ceilings, finish, say_ceilings, say_table
 
 from dllama_mpi.errors import DllamaError
+from dllama_mpi.kernels import runtime
+from dllama_mpi.kernels.probe import ReadProbe
 from dllama_mpi.model.shapes import SHAPES
 
 LEAST_POSITIONS = 64  # for the comparison of logits
 HERE = Path(__file__).resolve().parent
+READ_BYTES, READINGS = 512 << 20, 3  # before each turn of a decode
 PAUSE = 0.4  # seconds between turns: the other program's threads stop spinning
 
 
@@ -154,17 +157,37 @@ def agreement(programs: Programs, threads: int, vocabulary: int) -> dict[str, An
     }
 
 
+class Memory:
+    """Readings of the memory's rate with a comparison's threads, in turns with both programs."""
+
+    def __init__(self, todo: list[Row]) -> None:
+        """Take memory to read."""
+        self._probes = {row.threads: ReadProbe(READ_BYTES, row.threads) for row in todo}
+        self.rates: dict[Row, list[float]] = {row: [] for row in todo}
+
+    def read(self, row: Row) -> None:
+        """Add some readings, in GB/s, to a comparison's, if it is of decode alone."""
+        if row.prompt:
+            return
+        probe = self._probes[row.threads]
+        runtime.set_threads(row.threads)
+        self.rates[row] += [probe.size / probe.seconds() / 1e9 for _ in range(READINGS)]
+
+
 def compare(programs: Programs, todo: list[Row], turns: int, patience: float) -> list[dict[str, Any]]:
-    """Return the speeds of both, taken in turns, who begins changing too."""
+    """Return the speeds of both and the memory's, taken in turns, who begins changing too."""
     samples: dict[tuple[Row, bool], list[float]] = {(row, who): [] for row in todo for who in (False, True)}
     disturbed: dict[tuple[Row, bool], list[float]] = {key: [] for key in samples}
+    memory = Memory(todo)
     for turn in range(turns + 1):
         for row in todo:
+            memory.read(row)
             for is_ours in (False, True) if turn % 2 else (True, False):
                 seconds, taken = programs.turn(row, is_ours, patience if turn else 0.0)
                 if turn > 0:  # the first is the warm-up
                     samples[row, is_ours].append(row.tokens / seconds)
                     disturbed[row, is_ours].append(taken)
+            memory.read(row)
         print(f"turn {turn} of {turns} done", file=sys.stderr, flush=True)
     report = []
     for row in todo:
@@ -182,6 +205,8 @@ def compare(programs: Programs, todo: list[Row], turns: int, patience: float) ->
                 "llama_cpp_tokens_per_s": statistics.median(theirs),
                 "ratio_of_medians": statistics.median(ours) / statistics.median(theirs),
                 "median_of_ratios": ratio,
+                "read_gb_per_s": statistics.median(memory.rates[row]) if memory.rates[row] else None,
+                "readings_gb_per_s": memory.rates[row],
                 "ours_samples_tokens_per_s": ours,
                 "llama_cpp_samples_tokens_per_s": theirs,
                 "ours_others_cpu_shares": disturbed[row, True],
@@ -227,8 +252,6 @@ def main() -> None:
         except DllamaError as error:
             sys.exit(f"error: {error}")
         return
-    from dllama_mpi.kernels import runtime
-
     most = args.threads or runtime.most_threads()
     limits = [ceilings(threads) for threads in dict.fromkeys((most, 1))]
     for limit in limits:
@@ -249,8 +272,8 @@ def main() -> None:
     programs.close()
     cells = []
     for f in found:
-        reads = next(limit for limit in limits if limit["threads"] == f["threads"])["read_gb_per_s"]
-        share = "-" if f["n_prompt"] else f"{f['ours_tokens_per_s'] / f['n_batch'] * size / 1e9 / reads:.0%}"
+        reads = f["read_gb_per_s"]
+        share = "-" if reads is None else f"{f['ours_tokens_per_s'] / f['n_batch'] * size / 1e9 / reads:.0%}"
         speeds = (f"{f[key]:.1f}" for key in ("ours_tokens_per_s", "llama_cpp_tokens_per_s"))
         noise = statistics.median(f["ours_others_cpu_shares"] + f["llama_cpp_others_cpu_shares"])
         cells.append([f["test"], str(f["threads"]), *speeds, f"{f['median_of_ratios']:.2f}", share, f"{noise:.0%}"])

@@ -5,6 +5,9 @@ python benchmarks/kernels.py [--shape 8192x2048] [--formats q40,q80,f16,f32] [--
 A product of weights (rows, cols) with n tokens does rows * cols * n multiply-adds on the bytes of the weights, which
 come from memory: several matrices are used in turn. What a kernel can reach is the lesser of the arithmetic's ceiling
 and of the memory's bandwidth times the multiply-adds a byte. Attention reads keys and values instead of weights.
+
+The memory's bandwidth may change from minute to minute, so it is measured in turns with each kernel: a kernel's roof
+takes the median of the readings between its own runs.
 """
 
 from __future__ import annotations
@@ -17,14 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import roofline
 from report import (
-    COLOURS,
     Disturbance,
     add_output_options,
     ceilings,
-    figure,
     finish,
-    save,
     say_ceilings,
     say_table,
     whole_numbers,
@@ -33,13 +34,15 @@ from report import (
 from dllama_mpi.kernels import elementwise, runtime
 from dllama_mpi.kernels.attention import attention
 from dllama_mpi.kernels.layout import FORMATS, TileFormat
-from dllama_mpi.model.kv_cache import KVCache, bytes_per_position
+from dllama_mpi.kernels.probe import ReadProbe
+from dllama_mpi.log import progress
+from dllama_mpi.model.kv_cache import KV_TYPES, KVCache, bytes_per_position
 from dllama_mpi.model.linear import Activations, multiply
 from dllama_mpi.weights.random import RandomTensor
 from dllama_mpi.weights.tiles import TileMatrix, aligned_empty
 
 MEMORY = 256 << 20  # bytes of weights used in turn: several times the last cache
-SECONDS, LEAST_TIMES = 0.4, 5  # how long a case is measured, and how often at least
+SECONDS, LEAST_TIMES = 0.8, 7  # how long a case is measured, readings included, and how often at least
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,13 @@ class Case:
     """One kernel on one input. `run` does the work `times` times over, each on other memory.
 
     Attributes:
-        macs: multiply-adds of one time. size: bytes it reads from memory. arithmetic: the ceiling's key.
+        depth: positions before the tokens, of attention. macs: multiply-adds of one time. size: bytes it reads from
+            memory. arithmetic: the ceiling's key.
     """
 
     kernel: str
-    kind: str
+    format: str
+    depth: int
     tokens: int
     macs: float
     size: float
@@ -59,33 +64,38 @@ class Case:
     arithmetic: str
     run: Callable[[], None]
 
-    def measure(self, limits: dict[str, Any]) -> dict[str, Any]:
+    def measure(self, limits: dict[str, Any], memory: ReadProbe) -> dict[str, Any]:
         """Return the figures, beside what the ceilings allow."""
-        seconds = self._seconds() / self.times
-        intensity = self.macs / self.size
-        roof = min(limits[self.arithmetic], limits["read_gb_per_s"] * intensity)
+        seconds, readings = self._measure(memory)
+        intensity, limit = self.macs / self.size, statistics.median(readings)
+        roof = min(limits[self.arithmetic], limit * intensity)
         return {
             "kernel": self.kernel,
-            "kind": self.kind,
+            "format": self.format,
+            "depth": self.depth,
             "tokens": self.tokens,
             "microseconds": seconds * 1e6,
             "gmac_per_s": self.macs / seconds / 1e9,
             "read_gb_per_s": self.size / seconds / 1e9,
+            "read_limit_gb_per_s": limit,
+            "best_reading_gb_per_s": max(readings),
             "mac_per_byte": intensity,
             "roof_gmac_per_s": roof,
             "share_of_roof": self.macs / seconds / 1e9 / roof,
         }
 
-    def _seconds(self) -> float:
-        """Return the median of many times."""
+    def _measure(self, memory: ReadProbe) -> tuple[float, list[float]]:
+        """Return the median seconds of one time, and the memory's rates in GB/s between the runs."""
         self.run()
         samples: list[float] = []
+        readings: list[float] = []
         until = time.perf_counter() + SECONDS
         while len(samples) < LEAST_TIMES or time.perf_counter() < until:
+            readings.append(memory.size / memory.seconds() / 1e9)
             started = time.perf_counter()
             self.run()
             samples.append(time.perf_counter() - started)
-        return statistics.median(samples)
+        return statistics.median(samples) / self.times, readings
 
 
 def matmuls(fmt: TileFormat, rows: int, cols: int, counts: list[int], threads: int) -> Iterator[Case]:
@@ -109,7 +119,7 @@ def matmuls(fmt: TileFormat, rows: int, cols: int, counts: list[int], threads: i
                 multiply(matrix, x, out, tokens, threads)
 
         size = one.tiles.nbytes
-        yield Case("matmul", fmt.name, tokens, float(rows * cols * tokens), size, len(used), arithmetic, run)
+        yield Case("matmul", fmt.name, 0, tokens, float(rows * cols * tokens), size, len(used), arithmetic, run)
 
 
 def attentions(
@@ -123,8 +133,7 @@ def attentions(
     rng = np.random.default_rng(0)
     for layer in range(layers):
         for part in cache.layer(layer):
-            values = rng.standard_normal(part.shape[-3:], np.float32)
-            part[:] = values if part.dtype == np.float32 else values.astype(np.float16).view(np.uint16)
+            part[:] = _random(rng, part)
     scale, group = np.float32(head_dim**-0.5), query_heads // kv_heads
     for depth in depths:
         for tokens in counts:
@@ -140,9 +149,16 @@ def attentions(
 
             seen = float(np.sum(positions + 1.0))
             size = bytes_per_position(1, kv_heads, head_dim, kv_type) * float(depth + tokens)
-            kind = f"{kv_type} at {depth}"
             macs = 2 * seen * query_heads * head_dim
-            yield Case("attention", kind, tokens, macs, size, layers, "f32_fma_gmac_per_s", run)
+            yield Case("attention", kv_type, depth, tokens, macs, size, layers, "f32_fma_gmac_per_s", run)
+
+
+def _random(rng: np.random.Generator, part: np.ndarray) -> np.ndarray:
+    """Return random values for an array of a KV cache: float32, float16 bits or int8 codes."""
+    if part.dtype == np.int8:
+        return rng.integers(-127, 128, part.shape, np.int8)
+    values = rng.standard_normal(part.shape, np.float32)
+    return values if part.dtype == np.float32 else values.astype(np.float16).view(np.uint16)
 
 
 def _copy(tiles: np.ndarray) -> np.ndarray:
@@ -158,11 +174,22 @@ def options() -> argparse.Namespace:
     parser.add_argument("--formats", default=",".join(FORMATS), metavar="NAME,...")
     parser.add_argument("--heads", default="32x8x64", metavar="QxKVxDIM", help="query heads, KV heads, their size")
     parser.add_argument("--depths", type=whole_numbers, default=[128, 1024, 4096], metavar="N,...", help="of attention")
+    parser.add_argument("--kv-types", default=",".join(KV_TYPES), metavar="TYPE,...", help="of the cache of attention")
     parser.add_argument("--attention-tokens", type=whole_numbers, default=[1, 256], metavar="N,...")
     parser.add_argument("--tokens", type=whole_numbers, default=[2**i for i in range(10)], metavar="N,...")
     parser.add_argument("--nthreads", type=int, metavar="N", help="(default: all cores)")
     add_output_options(parser)
     return parser.parse_args()
+
+
+def every_case(args: argparse.Namespace, threads: int) -> Iterator[Case]:
+    """Yield what the options ask for; the memory of one kind is given back before the next is made."""
+    rows, cols = (int(part) for part in args.shape.split("x"))
+    for name in args.formats.split(","):
+        yield from matmuls(FORMATS[name], rows, cols, args.tokens, threads)
+    query_heads, kv_heads, head_dim = (int(part) for part in args.heads.split("x"))
+    for kv_type in args.kv_types.split(","):
+        yield from attentions(kv_type, (query_heads, kv_heads, head_dim), args.depths, args.attention_tokens, threads)
 
 
 def main() -> None:
@@ -171,57 +198,29 @@ def main() -> None:
     threads = args.nthreads or runtime.most_threads()
     limits, noise = ceilings(threads), Disturbance()
     say_ceilings(limits)
-    rows, cols = (int(part) for part in args.shape.split("x"))
-    cases = [
-        case for name in args.formats.split(",") for case in matmuls(FORMATS[name], rows, cols, args.tokens, threads)
-    ]
-    found = [case.measure(limits) for case in cases]
-    query_heads, kv_heads, head_dim = (int(part) for part in args.heads.split("x"))
-    attending = attentions("f16", (query_heads, kv_heads, head_dim), args.depths, args.attention_tokens, threads)
-    found += [case.measure(limits) for case in attending]
+    memory = ReadProbe(MEMORY, threads)
+    found = [case.measure(limits, memory) for case in progress(every_case(args, threads), "measuring", True)]
     cells = [
         [
-            f"{f['kernel']} {f['kind']}",
+            f"{f['kernel']} {f['format']}" + f" at {f['depth']}" * (f["depth"] > 0),
             str(f["tokens"]),
             f"{f['microseconds']:.0f}",
             f"{f['gmac_per_s']:.1f}",
             f"{f['read_gb_per_s']:.1f}",
+            f"{f['read_limit_gb_per_s']:.1f}",
             f"{f['roof_gmac_per_s']:.0f}",
             f"{f['share_of_roof']:.0%}",
         ]
         for f in found
     ]
-    say_table(["kernel", "tokens", "µs", "GMAC/s", "GB/s", "roof GMAC/s", "share"], cells)
-    if args.plot is not None:
-        draw(found, limits, args.plot)
+    say_table(["kernel", "tokens", "µs", "GMAC/s", "GB/s", "memory GB/s", "roof GMAC/s", "share"], cells)
     noise.say()
-    about = {"instruction_set": runtime.ISA, "rows": rows, "cols": cols, "heads": args.heads}
-    finish(
-        {"benchmark": "kernels", **about, "ceilings": limits, "others_cpu_share": noise.share(), "results": found},
-        args.json,
-    )
-
-
-def draw(found: list[dict[str, Any]], limits: dict[str, Any], path: str) -> None:
-    """Draw the roofline: multiply-adds a second over multiply-adds a byte."""
-    drawn, axes = figure()
-    x = np.geomspace(min(f["mac_per_byte"] for f in found) / 2, max(f["mac_per_byte"] for f in found) * 2, 200)
-    for name, style in (("int8_dot_gmac_per_s", "-"), ("f32_fma_gmac_per_s", "--")):
-        label = name.replace("_gmac_per_s", "").replace("_", " ")
-        axes.plot(
-            x, np.minimum(limits[name], limits["read_gb_per_s"] * x), style, color="#808080", label=f"ceiling {label}"
-        )
-    kinds = dict.fromkeys((f["kernel"], f["kind"]) for f in found)
-    for number, kind in enumerate(kinds):
-        points = [f for f in found if (f["kernel"], f["kind"]) == kind]
-        style = {"marker": "os^vDP"[number // len(COLOURS)], "color": COLOURS[number % len(COLOURS)]}
-        measured = [f["gmac_per_s"] for f in points]
-        axes.plot([f["mac_per_byte"] for f in points], measured, label=" ".join(kind), **style)
-    axes.set(xscale="log", yscale="log", xlabel="multiply-adds a byte read", ylabel="GMAC/s")
-    axes.set_title(f"{runtime.ISA}, {limits['threads']} threads, {limits['read_gb_per_s']:.0f} GB/s")
-    axes.legend(frameon=False, fontsize=8)
-    axes.grid(alpha=0.3, which="both")
-    save(drawn, path)
+    about = {"instruction_set": runtime.ISA, "shape": args.shape, "heads": args.heads}
+    others = {"ceilings": limits, "others_cpu_share": noise.share()}
+    report = {"benchmark": "kernels", **about, **others, "results": found}
+    if args.plot is not None:
+        roofline.draw(report, args.plot)
+    finish(report, args.json)
 
 
 if __name__ == "__main__":

@@ -19,16 +19,16 @@ def main() -> None:
     llm = LLM(folder, nthreads=threads, max_seq_len=positions, max_batch=slots)
     bench = Bench(llm)
     print(json.dumps({"version": __version__, "features": runtime.ISA}), flush=True)
-    with llm.session():
-        for line in sys.stdin:
-            request = json.loads(line)
-            if request["op"] == "run":
-                test = Test(request["prompt"], request["generated"], request["depth"], request["batch"])
-                answer = {"seconds": bench.run(test, 1, warm_up=False).samples[0].seconds}
-            else:
-                rows = llm.logits(request["tokens"])
-                answer = {"logits": [] if rows is None else rows[-1].tolist()}
-            print(json.dumps(answer), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if request["op"] == "run":
+            test = Test(request["prompt"], request["generated"], request["depth"], request["batch"])
+            result = bench.run(test, 1, warm_up=False, readings=0)
+            answer = {"seconds": None if result is None else result.samples[0].seconds}
+        else:
+            rows = llm.logits(request["tokens"])
+            answer = {"logits": [] if rows is None else rows[-1].tolist()}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Measure decode and prefill by context length and by sequences at once.
+"""Measure decode and prefill by context length and by sequences at once, and types of the KV cache beside each other.
 
 python benchmarks/sweep.py --random llama3.2-1b --depths 0,512,1024,2048,4096 --batches 1,2,4,8,16 --plot sweep.png
+python benchmarks/sweep.py --random llama3.2-1b --kv-types f16,q80
 mpiexec -n 2 python benchmarks/sweep.py --model DIR        # any number of ranks
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 from report import COLOURS, add_output_options, figure, finish, save, say_table, whole_numbers
 
 from dllama_mpi.cli.options import add_model_options, load
-from dllama_mpi.engine.bench import Bench, Result, Test
+from dllama_mpi.engine.bench import Bench, Test
 from dllama_mpi.errors import DllamaError
 from dllama_mpi.log import progress
 from dllama_mpi.model.shapes import SHAPES
@@ -30,6 +31,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--batch-depth", type=int, default=128, metavar="N", help="context of the batches")
     parser.add_argument("--prompt", type=int, default=256, metavar="N", help="prompt tokens of a prefill")
     parser.add_argument("--generated", type=int, default=32, metavar="N", help="steps of a decode")
+    parser.add_argument("--kv-types", metavar="TYPE,...", help="types of the KV cache to compare (default: --kv-type)")
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
     add_model_options(parser)
     add_output_options(parser)
@@ -55,25 +57,33 @@ def main() -> None:
     every = [test for tests in todo.values() for test in tests]
     args.max_seq_len = max(test.positions for test in every)
     try:
-        llm = load(args, connect(), max(test.batch for test in every))
-        bench = Bench(llm)
-        bench.measure_memory()
+        group = connect()
+        benches = []
+        for kv_type in args.kv_types.split(",") if args.kv_types else [args.kv_type]:
+            args.kv_type = kv_type
+            benches.append(Bench(load(args, group, max(test.batch for test in every))))
+        lines = measure(todo, benches, args.repetitions)
     except DllamaError as error:
         raise SystemExit(leave(error)) from None
-    found: dict[str, list[Result]] = {}
-    with llm.session() as leads:
-        for name, tests in todo.items() if leads else ():
-            found[name] = [bench.run(test, args.repetitions) for test in progress(tests, name, True)]
-    bench.measure_memory()  # again, in case other programs were busy before
-    if not llm.is_root:
+    if not group.is_root:
         return
-    print(f"ceiling: memory reads {bench.read_rate / 1e9:.1f} GB/s (all ranks' threads together)", flush=True)
-    lines = {name: [bench.record(result) for result in results] for name, results in found.items()}
     for name, records in lines.items():
         show(name, records)
     if args.plot is not None:
-        draw(lines, bench, args)
-    finish({"benchmark": "sweep", **bench.about(), "lines": lines}, args.json)
+        draw(lines, benches[0], args.plot)
+    finish({"benchmark": "sweep", **benches[0].about(), "lines": lines}, args.json)
+
+
+def measure(todo: dict[str, list[Test]], benches: list[Bench], repetitions: int) -> dict[str, list[dict[str, Any]]]:
+    """Return the records of each line and type of the KV cache, on the root; the types take turns. Collective."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for name, tests in todo.items():
+        for test in progress(tests, name, benches[0].llm.is_root):
+            for bench in benches:
+                result = bench.run(test, repetitions)
+                if result is not None:
+                    lines.setdefault(f"{name}, {bench.llm.kv_type}", []).append(bench.record(result))
+    return lines
 
 
 def show(name: str, records: list[dict[str, Any]]) -> None:
@@ -89,34 +99,37 @@ def show(name: str, records: list[dict[str, Any]]) -> None:
                 f"{record['stddev_ts']:.2f}",
                 "-" if share is None else f"{record['weights_read_gb_per_s']:.1f}",
                 "-" if share is None else f"{record['kv_read_gb_per_s']:.1f}",
+                "-" if share is None else f"{record['read_limit_gb_per_s']:.1f}",
                 "-" if share is None else f"{share:.0%}",
                 f"{record['sync_share']:.1%}",
             ]
         )
-    say_table(["test", "t/s (median)", "±", "weights GB/s", "KV GB/s", "of limit", "sync"], rows)
+    say_table(["test", "t/s (median)", "±", "weights GB/s", "KV GB/s", "limit GB/s", "of limit", "sync"], rows)
 
 
-def draw(lines: dict[str, list[dict[str, Any]]], bench: Bench, args: argparse.Namespace) -> None:
-    """Draw tokens a second, and for decode what the memory would allow."""
+def draw(lines: dict[str, list[dict[str, Any]]], bench: Bench, path: str) -> None:
+    """Draw tokens a second, and for decode what the memory would allow; types of the KV cache in one panel."""
     import numpy as np
 
+    names = list(dict.fromkeys(line.rsplit(", ", 1)[0] for line in lines))
     drawn, _ = figure(13, 4.5)
     drawn.clear()
-    panels = drawn.subplots(1, len(lines))
-    for axes, (name, records), colour in zip(np.atleast_1d(panels), lines.items(), COLOURS, strict=False):
+    for axes, name in zip(np.atleast_1d(drawn.subplots(1, len(names))), names, strict=True):
+        chosen = {line: records for line, records in lines.items() if line.startswith(name)}
         key = "n_batch" if name.endswith("batch") else "n_depth"
-        x = [record[key] for record in records]
-        axes.plot(x, [statistics.median(r["samples_ts"]) for r in records], "o-", color=colour, label="measured")
-        if name.startswith("decode"):
-            limits = [r["avg_ts"] / r["share_of_limit"] for r in records]
-            axes.plot(x, limits, "--", color="#808080", label="limit of the memory")
+        for (line, records), colour in zip(chosen.items(), COLOURS, strict=False):
+            x, kind = [record[key] for record in records], line.rsplit(", ", 1)[1]
+            axes.plot(x, [statistics.median(r["samples_ts"]) for r in records], "o-", color=colour, label=kind)
+            if name.startswith("decode"):
+                limits = [1e9 * r["n_batch"] / r["median_step_ns"] / r["share_of_limit"] for r in records]
+                axes.plot(x, limits, "--", color=colour, alpha=0.5, label=f"{kind}, limit of the memory")
         axes.set(title=name, ylabel="tokens/s", ylim=(0, None))
         axes.set_xlabel("sequences at once" if key == "n_batch" else "tokens in the KV cache")
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
     about = bench.about()
     drawn.suptitle(f"{about['model_filename']}, {about['weights']}, {about['n_ranks']} x {about['n_threads']} threads")
-    save(drawn, args.plot)
+    save(drawn, path)
 
 
 if __name__ == "__main__":

@@ -81,28 +81,23 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError(f"--max-seq-len {args.max_seq_len}: the tests need {needed} positions; give that or none")
     llm = load(args, group, max(test.batch for test in todo))
     bench = Bench(llm, args.seed)
-    bench.measure_memory()
-    results = []
-    with llm.session() as leads:
-        if leads:
-            results = [bench.run(test, args.repetitions, _bar(test.name)) for test in todo]
-    bench.measure_memory()  # again, in case other programs were busy before
-    if results:
-        print(_FORMATS[args.output]([bench.record(result) for result in results]), flush=True)
+    results = [bench.run(test, args.repetitions, _bar(test.name, llm.is_root)) for test in todo]
+    records = [bench.record(result) for result in results if result is not None]
+    if records:
+        print(_FORMATS[args.output](records), flush=True)
     return 0
 
 
-def _bar(name: str) -> Callable[[Any], Any]:
-    return lambda turns: progress(turns, name, True)
+def _bar(name: str, is_shown: bool) -> Callable[[Any], Any]:
+    return lambda turns: progress(turns, name, is_shown)
 
 
 # ---- how results are printed
 
 
 def _markdown(records: list[dict[str, Any]]) -> str:
-    limit = records[0]["read_limit_gb_per_s"]
     head = ["model", "size", "params", "ranks", "threads", "isa", "weights", "buffer", "test"]
-    head += ["t/s", "GB/s", "of limit", "sync"]
+    head += ["t/s", "GB/s", "limit", "of limit", "sync"]
     rows = [_cells(record) for record in records]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     left = [name in ("model", "isa", "weights", "buffer") for name in head]
@@ -112,12 +107,27 @@ def _markdown(records: list[dict[str, Any]]) -> str:
         padded = [c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(cells, widths, left, strict=True)]
         return f"| {' | '.join(padded)} |"
 
-    ceiling = f"Memory reads at best {limit:.1f} GB/s (all ranks' threads together)."
-    return "\n".join([ceiling, "", line(head), f"| {'| '.join(rule)}|", *map(line, rows)])
+    return "\n".join([*_about_memory(records), line(head), f"| {'| '.join(rule)}|", *map(line, rows)])
+
+
+def _about_memory(records: list[dict[str, Any]]) -> list[str]:
+    """Return a paragraph on the memory's rate, or nothing if no test needed it."""
+    measured = [record for record in records if record["read_limit_gb_per_s"] is not None]
+    if not measured:
+        return []
+    limits = [record["read_limit_gb_per_s"] for record in measured]
+    best = max(record["best_reading_gb_per_s"] for record in measured)
+    span = f"{min(limits):.1f}" + f" to {max(limits):.1f}" * (len(limits) > 1)
+    return [
+        f"Memory reads {span} GB/s, at best {best:.1f} (all ranks' threads together). GB/s, of weights and KV cache,"
+        " and limit are medians, measured in turns.",
+        "",
+    ]
 
 
 def _cells(record: dict[str, Any]) -> list[str]:
-    rate, share = record["weights_read_gb_per_s"], record["share_of_limit"]
+    rates = [record[key] for key in ("median_read_gb_per_s", "read_limit_gb_per_s")]
+    share = record["share_of_limit"]
     return [
         record["model_type"] if record["model_filename"] == "demo" else record["model_filename"],
         _scaled(record["model_size"], "GB", "MB"),
@@ -129,7 +139,7 @@ def _cells(record: dict[str, Any]) -> list[str]:
         record["buffer_float_type"],
         record["test"],
         f"{record['avg_ts']:.2f} ± {record['stddev_ts']:.2f}",
-        "-" if rate is None else f"{rate:.1f}",
+        *("-" if rate is None else f"{rate:.1f}" for rate in rates),
         "-" if share is None else f"{share:.0%}",
         f"{record['sync_share']:.1%}",
     ]

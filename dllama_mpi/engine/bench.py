@@ -6,7 +6,7 @@ import datetime
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from .sequence import SamplingParams, Sequence
 from .stats import Stats, StepStats
 
 _READ_BYTES = 1 << 30  # that a host's ranks read together at a time: more than any processor's caches
-_READINGS = 12
+_READINGS = 4  # of the memory's rate before each repetition, and after the last
 _WARM_UP_TOKENS = 8  # generated before a test is measured
 
 
@@ -82,6 +82,7 @@ class Result:
     Attributes:
         started: when, in UTC. weight_bytes: read in a step by all ranks together.
         kv_bytes: read by all ranks and steps of one repetition.
+        readings: bytes a second that memory gave before, between and after the repetitions; none if a prompt is fed.
     """
 
     test: Test
@@ -89,6 +90,7 @@ class Result:
     started: str
     weight_bytes: int
     kv_bytes: int
+    readings: list[float]
 
     @property
     def speeds(self) -> list[float]:
@@ -108,6 +110,32 @@ class Result:
     def kv_rate(self) -> float | None:
         """Bytes of the KV cache read a second in decode; None for a test that feeds a prompt."""
         return self._rate(self.kv_bytes)
+
+    @property
+    def step_seconds(self) -> float:
+        """The median time of a step."""
+        return statistics.median(step.seconds for s in self.samples for step in s.steps)
+
+    @property
+    def median_rate(self) -> float | None:
+        """Bytes of weights and KV cache that the median decode step read a second; None if a prompt is fed.
+
+        A step is about as long as a reading of the memory's rate: other programs disturb both medians alike.
+        """
+        if self.test.prompt:
+            return None
+        return (self.weight_bytes + self.kv_bytes / self.test.generated) / self.step_seconds
+
+    @property
+    def read_limit(self) -> float | None:
+        """The median of the readings; None if there are none."""
+        return statistics.median(self.readings) if self.readings else None
+
+    @property
+    def share_of_limit(self) -> float | None:
+        """What `median_rate` is of `read_limit`."""
+        rate, limit = self.median_rate, self.read_limit
+        return None if rate is None or limit is None else rate / limit
 
     @property
     def sync_share(self) -> float:
@@ -130,8 +158,13 @@ class Result:
             "stddev_ts": deviation(self.speeds),
             "samples_ns": nanoseconds,
             "samples_ts": self.speeds,
+            "median_step_ns": round(1e9 * self.step_seconds),
             "weights_read_gb_per_s": _giga(self.weight_rate),
             "kv_read_gb_per_s": _giga(self.kv_rate),
+            "median_read_gb_per_s": _giga(self.median_rate),
+            "read_limit_gb_per_s": _giga(self.read_limit),
+            "best_reading_gb_per_s": _giga(max(self.readings, default=None)),
+            "share_of_limit": self.share_of_limit,
             "sync_share": self.sync_share,
         }
 
@@ -163,47 +196,46 @@ def combine(
     return list(dict.fromkeys(Test(p, n, depth, batch) for depth in depths for batch in batches for p, n in pairs))
 
 
-def read_rate(group: TensorParallelGroup, threads: int) -> float:
-    """Return the bytes a second that all ranks' threads together read from their memories. Collective.
+class MemoryProbe:
+    """Reads the memories of all hosts, with all ranks' threads at the same time."""
 
-    The best of several times. Ranks of one host read at the same time and count as done when the last one is.
-    """
-    size = min(_READ_BYTES, available_bytes() // 8) // len(group.local_ranks)
-    probe, best = ReadProbe(size, threads), 0.0
-    for _ in range(_READINGS):
-        group.allgather(None)  # begin together
-        seen = group.allgather((group.host, probe.size, probe.seconds()))
-        hosts = {host: [(size, seconds) for name, size, seconds in seen if name == host] for host, _, _ in seen}
-        rates = (sum(size for size, _ in each) / max(seconds for _, seconds in each) for each in hosts.values())
-        best = max(best, sum(rates))
-    return best
+    def __init__(self, group: TensorParallelGroup, threads: int) -> None:
+        """Take the memory to be read: a part of what is free. threads: this rank's."""
+        self._group = group
+        self._probe = ReadProbe(min(_READ_BYTES, available_bytes() // 8) // len(group.local_ranks), threads)
+
+    def rate(self) -> float:
+        """Return the bytes a second of one reading, the hosts' rates added up. Collective.
+
+        Ranks of one host count as done when the last one is.
+        """
+        self._group.allgather(None)  # begin together
+        slowest: dict[str, float] = {}
+        sizes: dict[str, int] = {}
+        for host, size, seconds in self._group.allgather((self._group.host, self._probe.size, self._probe.seconds())):
+            slowest[host] = max(slowest.get(host, 0.0), seconds)
+            sizes[host] = sizes.get(host, 0) + size
+        return sum(sizes[host] / slowest[host] for host in sizes)
 
 
-@dataclass
 class Bench:
-    """Runs tests on an `LLM`, which holds enough slots and positions for them. Made on every rank, run on the root.
+    """Runs tests on an `LLM`, which holds enough slots and positions for them. Made on every rank.
 
-    Attributes:
-        seed: of the token ids. read_rate: bytes a second, see the function of that name; 0 if not measured.
+    Memory that is shared with other programs or other virtual machines gives now more, now less. So its rate is
+    measured in turns with the repetitions of each test, and medians of both are compared.
     """
 
-    llm: LLM
-    seed: int = 0
-    read_rate: float = 0.0
-    _runs: int = field(init=False, default=0)
-
-    def __post_init__(self) -> None:
-        """Collect what all ranks hold. Collective."""
-        c, group, options = self.llm.config, self.llm.group, self.llm.options
-        split = parse_split(options.split, group.size)
-        parts = shards(c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size, split)
-        self.weight_bytes = sum(weight_bytes(c, part, self.llm.format) for part in parts)
-        self.position_bytes = sum(cache_bytes(c, part, self.llm.kv_type) for part in parts)
-        self.threads: list[int] = group.allgather(self.llm.threads)
-
-    def measure_memory(self) -> None:
-        """Measure `read_rate`; a second time the better one counts. Collective, and not within a session."""
-        self.read_rate = max(self.read_rate, read_rate(self.llm.group, self.llm.threads))
+    def __init__(self, llm: LLM, seed: int = 0) -> None:
+        """Collect what all ranks hold. Collective. seed: of the token ids."""
+        self.llm, self.seed = llm, seed
+        c, group, options = llm.config, llm.group, llm.options
+        parts = shards(
+            c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size, parse_split(options.split, group.size)
+        )
+        self.weight_bytes = sum(weight_bytes(c, part, llm.format) for part in parts)
+        self.position_bytes = sum(cache_bytes(c, part, llm.kv_type) for part in parts)
+        self._memory: MemoryProbe | None = None
+        self._runs = 0
 
     def run(
         self,
@@ -211,19 +243,42 @@ class Bench:
         repetitions: int,
         progress: Callable[[Iterable[int]], Iterable[int]] = iter,
         warm_up: bool = True,
-    ) -> Result:
-        """Measure one test, after one warm-up run unless told otherwise. Root only, within a session.
+        readings: int = _READINGS,
+    ) -> Result | None:
+        """Measure one test, after one warm-up run unless told otherwise; the result is the root's. Collective.
 
         The KV cache is filled to the depth first, by a prompt of random tokens that is not measured.
+        readings: of the memory's rate, before each repetition of decode steps alone and after the last.
         """
-        self.llm.engine.scheduler.reuse = True  # what stands in the cache up to the depth
+        readings = 0 if test.prompt else readings  # they would take a short prompt's weights out of the caches
         if test.depth:
-            self._feed(test, 0, 1)
+            self._lead(lambda: self._feed(test, 0, 1))
         started = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         if warm_up:
-            self._sample(Test(test.prompt, min(test.generated, _WARM_UP_TOKENS), test.depth, test.batch))
-        samples = [self._sample(test) for _ in progress(range(repetitions))]
-        return Result(test, samples, started, self.weight_bytes, self._kv_bytes(test))
+            short = Test(test.prompt, min(test.generated, _WARM_UP_TOKENS), test.depth, test.batch)
+            self._lead(lambda: self._sample(short))
+        rates = self._read(readings)
+        samples = []
+        for _ in progress(range(repetitions)):
+            samples += self._lead(lambda: self._sample(test))
+            rates += self._read(readings)
+        if not self.llm.is_root:
+            return None
+        return Result(test, samples, started, self.weight_bytes, self._kv_bytes(test), rates)
+
+    def _lead(self, call: Callable[[], Sample]) -> list[Sample]:
+        """Make a call on the root while the other ranks serve it; return its result, or nothing on those."""
+        with self.llm.session() as leads:
+            if not leads:
+                return []
+            self.llm.engine.scheduler.reuse = True  # what stands in the cache up to the depth
+            return [call()]
+
+    def _read(self, times: int) -> list[float]:
+        """Return the memory's rate, read so many times. Collective."""
+        if times and self._memory is None:
+            self._memory = MemoryProbe(self.llm.group, self.llm.threads)
+        return [self._memory.rate() for _ in range(times)] if self._memory is not None else []
 
     def _sample(self, test: Test) -> Sample:
         if not test.prompt:  # the last token of the past is fed in the first decode step
@@ -279,13 +334,7 @@ class Bench:
 
     def record(self, result: Result) -> dict[str, Any]:
         """Return a result with what it was measured on, JSON-ready; share_of_limit counts weights and KV cache."""
-        rate = None if result.weight_rate is None else result.weight_rate + (result.kv_rate or 0.0)
-        return {
-            **self.about(),
-            **result.to_dict(),
-            "read_limit_gb_per_s": self.read_rate / 1e9 if self.read_rate else None,
-            "share_of_limit": rate / self.read_rate if rate is not None and self.read_rate else None,
-        }
+        return {**self.about(), **result.to_dict()}
 
 
 def describe(config: ModelConfig) -> str:

@@ -13,7 +13,7 @@ or of int8 codes, with scales for 32 dimensions of a position, as float16 bits (
 scales of keys    (slots, kv_heads, positions / 16, head_dim to 32s / 32, 16)
 scales of values  (slots, kv_heads, head_dim to 32s / 32, positions)
 
-Blocks of codes are widened into float32 scratch before they are multiplied.
+A row of tiles of codes is widened into float32 scratch, which the first cache holds, before it is multiplied.
 
 A work item is a KV head with the queries that read it: those of its group, of one or a few tokens of one sequence, so
 that keys and values are read once for all of them. It goes over the positions in blocks with a running maximum and sum
@@ -24,17 +24,52 @@ numbers: a cache begins as zeros.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from llvmlite import ir
+from numba import njit, prange, types
+from numba.extending import intrinsic
 
 from .layout import BLOCK, F32, ROWS
 from .matmul import float_rows
 from .sampling import exponentials, largest
-from .simd import address, widen
+from .simd import F16, I8, I32, I64, EmitterHere, address, vector
+from .simd import F32 as FLOAT
 
 POSITIONS = 256  # positions in a block of the online softmax
 QUERIES = 16  # most queries of an item, unless one token's group has more
 LONG = 512  # positions from which an item may be cut between threads
 _F32 = F32.marker
+
+
+def _widen_rows(count, scale_of):
+    """Return an intrinsic that widens `count` rows of 16 codes; scale_of(builder, scales, row) are a row's 16 scales.
+
+    Its arguments are addresses: of codes, of 16 scales in float16, of 16 * count float32 to write.
+    """
+
+    @intrinsic
+    def widened(typingctx, codes, scales, out):
+        def codegen(context, builder, signature, args):
+            e = EmitterHere(builder)
+            codes, scales, out = args
+            given = builder.fpext(e.load(scales, vector(F16, ROWS), 2), vector(FLOAT, ROWS))
+            for row in range(count):
+                wide = builder.sext(e.load(builder.add(codes, I64(ROWS * row)), vector(I8, ROWS), 1), vector(I32, ROWS))
+                value = builder.fmul(builder.sitofp(wide, vector(FLOAT, ROWS)), scale_of(builder, given, row))
+                e.store(value, builder.add(out, I64(4 * ROWS * row)), 4)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), codegen
+
+    return widened
+
+
+def _one_lane(builder, scales, row):
+    undefined = ir.Constant(scales.type, ir.Undefined)
+    return builder.shuffle_vector(scales, undefined, ir.Constant(vector(I32, ROWS), [row] * ROWS))
+
+
+_widen_keys = _widen_rows(BLOCK, lambda _builder, scales, _row: scales)  # a row: one dimension of 16 positions
+_widen_values = _widen_rows(ROWS, _one_lane)  # a row: 16 dimensions of one position
 
 
 @njit(cache=True, nogil=True, inline="never")
@@ -43,13 +78,12 @@ def _scores(marker, queries, keys, key_scales, begin, rows, scratch, scores):
     width = queries.shape[1]
     if key_scales.size > 0:
         for row in range(rows):
-            codes, scales = keys[begin // ROWS + row], key_scales[begin // ROWS + row]
+            codes, scales = address(keys[begin // ROWS + row]), address(key_scales[begin // ROWS + row])
             for block in range(width // BLOCK):
-                for i in range(BLOCK * block, BLOCK * block + BLOCK):
-                    for p in range(ROWS):
-                        scratch[row * ROWS * width + ROWS * i + p] = np.float32(codes[i, p]) * widen(scales[block, p])
-        float_rows(_F32, address(scratch), 4 * ROWS * width, 0, rows, width // BLOCK, address(queries), 4 * width,
-                   address(scores), 4 * POSITIONS, queries.shape[0])  # fmt: skip
+                first = ROWS * BLOCK * block
+                _widen_keys(codes + first, scales + 2 * ROWS * block, address(scratch) + 4 * first)
+            float_rows(_F32, address(scratch), 0, 0, 1, width // BLOCK, address(queries), 4 * width,
+                       address(scores) + 4 * ROWS * row, 4 * POSITIONS, queries.shape[0])  # fmt: skip
     else:
         step = keys.itemsize * ROWS * width
         float_rows(marker, address(keys) + begin // ROWS * step, step, 0, rows, width // BLOCK, address(queries),
@@ -62,13 +96,11 @@ def _weighted(marker, scores, values, value_scales, begin, padded, scratch, out)
     rows, n = values.shape[0], out.shape[0]
     if value_scales.size > 0:
         for row in range(rows):
-            codes, scales = values[row], value_scales[row // 2]
-            for p in range(padded):
-                scale = widen(scales[begin + p])
-                for i in range(ROWS):
-                    scratch[(row * padded + p) * ROWS + i] = np.float32(codes[begin + p, i]) * scale
-        float_rows(_F32, address(scratch), 4 * ROWS * padded, 0, rows, padded // BLOCK, address(scores), 4 * POSITIONS,
-                   address(out), 4 * out.shape[1], n)  # fmt: skip
+            codes, scales = address(values[row]) + ROWS * begin, address(value_scales[row // 2]) + 2 * begin
+            for p in range(0, padded, ROWS):
+                _widen_values(codes + ROWS * p, scales + 2 * p, address(scratch) + 4 * ROWS * p)
+            float_rows(_F32, address(scratch), 0, 0, 1, padded // BLOCK, address(scores), 4 * POSITIONS,
+                       address(out) + 4 * ROWS * row, 4 * out.shape[1], n)  # fmt: skip
     else:
         step = values.itemsize * ROWS
         float_rows(marker, address(values) + begin * step, step * values.shape[1], 0, rows, padded // BLOCK,
@@ -146,7 +178,8 @@ def _take(marker, q, keys, key_scales, values, value_scales, slots, positions, w
     starts, stops = np.empty(most, np.int64), np.empty(most, np.int64)
     scores = np.empty((most, POSITIONS), np.float32)
     part = np.empty((most, dims), np.float32)
-    scratch = np.empty(POSITIONS * max(keys.shape[3], dims) if key_scales.size > 0 else 0, np.float32)
+    scratch = np.empty(ROWS * max(keys.shape[3], POSITIONS) + ROWS if key_scales.size > 0 else 0, np.float32)
+    scratch = scratch[-(address(scratch) // 4) % ROWS :]  # a vector then lies in one line of the cache
     for item in range(first_item, runs * kv_heads * cuts, step):
         piece, cut = item // cuts, item % cuts
         run, kv = piece // kv_heads, piece % kv_heads
