@@ -115,6 +115,7 @@ class AllReduce:
         self.choices = self._choose(sync)
         self._fill_ways()
         self._overlap = self._make_overlap()
+        self.take_counts()  # what measuring cost
 
     # ---- setting up
 
@@ -180,6 +181,14 @@ class AllReduce:
             link[x.THEIRS] = self._array(x.PARTS * int(link[x.THEIRS_STRIDE])).ctypes.data
         self.values = own.view(np.float32).reshape(2, self.rows, self.width)
 
+    def suits(self, name: str) -> bool:
+        """Return whether an algorithm can be used with these hosts and this payload."""
+        try:
+            self._check(name)
+        except UsageError:
+            return False
+        return True
+
     def _check(self, sync: str) -> None:
         """Raise if the named algorithm cannot be used here."""
         if sync == "mpi" and self.payload != "f32":
@@ -191,7 +200,7 @@ class AllReduce:
                 f"--sync shared: the ranks do not share memory, they are in {self.hosts} places; use two-level or auto"
             )
 
-    def _candidates(self) -> list[str]:
+    def candidates(self) -> list[str]:
         """Return the algorithms that could be the fastest here."""
         if not self.compiled:
             return ["mpi4py"]
@@ -206,10 +215,10 @@ class AllReduce:
 
     def _choose(self, sync: str) -> list[Choice]:
         """Return the algorithm for each size: the named one, or the fastest of all that suit, by measurement."""
-        names, choices = ([sync] if sync != "auto" else self._candidates()), []
+        names, choices = ([sync] if sync != "auto" else self.candidates()), []
         for rows, turns in _MEASURED_ROWS.items():
             rows = min(rows, self.rows)
-            took = {name: self._time(name, rows, turns) for name in names}
+            took = {name: self.measure(name, rows, turns) for name in names}
             medians = np.array([took[name] for name in names])
             slowest = np.max(self.comm.allgather(medians), axis=0)  # the same on every rank
             times = {name: float(t) for name, t in zip(names, slowest, strict=True)}
@@ -220,8 +229,11 @@ class AllReduce:
                 break
         return choices
 
-    def _time(self, name: str, rows: int, turns: int) -> float:
-        """Return the median microseconds of an exchange of so many tokens."""
+    def measure(self, name: str, rows: int, turns: int) -> float:
+        """Return this rank's median microseconds of an exchange of so many tokens by an algorithm, of so many turns.
+
+        Collective. Leaves that algorithm in use.
+        """
         self.use(name)
         times, blocks = np.zeros(turns + 1, np.int64), rows * self.row_blocks
         self.values[0, :rows] = 0
