@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..parallel.group import TensorParallelGroup
+from ..parallel.line import Phase
 from .candidates import Candidates, merge, whole
 from .runner import Runner
 from .sampler import choose, wanted
@@ -42,6 +43,7 @@ class Engine:
                     yield sequence, token, sequence.append(token)
         finally:
             self.scheduler.clear()
+            self.group.watchdog.tell(Phase.IDLE)
 
     def _step(self, plan: Plan, stats: Stats) -> list[tuple[Sequence, int]]:
         traffic, begun = self.group.traffic, time.perf_counter()

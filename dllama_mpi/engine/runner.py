@@ -7,6 +7,7 @@ import numpy as np
 from ..kernels.sampling import log_sum_exp
 from ..model.transformer import HEAD_ROWS, Transformer
 from ..parallel.group import TensorParallelGroup
+from ..parallel.line import Phase
 from .candidates import local_best, penalise
 from .step import Step, Want
 
@@ -28,6 +29,8 @@ class Runner:
         (rows, 2) float64, the log-sum-exp and the target's logit (-inf where another rank holds it).
         """
         batch = step.batch
+        is_decode = step.want is Want.CANDIDATES and batch.tokens <= len(batch.logit_rows)
+        self.group.watchdog.tell(Phase.DECODE if is_decode else Phase.PREFILL)
         self._history[batch.slots, batch.positions] = batch.token_ids
         hidden = self.model.forward(batch)
         if not len(hidden):
