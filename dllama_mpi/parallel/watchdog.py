@@ -146,7 +146,7 @@ class Watchdog:
             late = now - looked - pause
             if late > _SLACK:  # stopped and continued: its own clock says nothing about others
                 for peer in list(self._peers.values()):
-                    peer.heard += late
+                    peer.heard = min(now, peer.heard + late)
             looked = now
             if now >= sent + beat or (self._rank == 0 and self._state[0] is not told):
                 sent, told = now, self._state[0]

@@ -82,10 +82,10 @@ class Job:
             assert time.monotonic() < end, self.err.read_text()
             time.sleep(0.02)
 
-    def send(self, rank: int, number: signal.Signals) -> float:
-        """Send a signal to a rank and return the time of it."""
-        ids = [pid for pid, place in self.processes().items() if place == str(rank)]
-        assert ids
+    def send(self, number: signal.Signals, *ranks: int) -> float:
+        """Send a signal to these ranks and return the time of it."""
+        ids = [pid for pid, place in self.processes().items() if place in map(str, ranks)]
+        assert len(ids) == len(ranks)
         for pid in ids:
             os.kill(pid, number)
         return time.monotonic()
@@ -130,7 +130,7 @@ def running(ranks: int, phase: str, folder: Path, timeout: float = 30) -> Iterat
 @pytest.mark.parametrize(("ranks", "victim"), [(2, 0), (3, 2)])
 def test_a_killed_rank(ranks: int, victim: int, phase: str, tmp_path: Path) -> None:
     with running(ranks, phase, tmp_path) as job:
-        told = job.ends(job.send(victim, signal.SIGKILL), 5)
+        told = job.ends(job.send(signal.SIGKILL, victim), 5)
     launchers = "signal 9" in job.out.read_text() + told  # which may end the rest before they can say a word
     assert launchers or f"error: rank {victim} on {HOST} has died (" in told
     assert "Traceback" not in told
@@ -142,7 +142,7 @@ def test_a_killed_rank(ranks: int, victim: int, phase: str, tmp_path: Path) -> N
 )
 def test_a_stopped_rank(phase: str, ranks: int, victim: int, tmp_path: Path) -> None:
     with running(ranks, phase, tmp_path, 2) as job:
-        stopped = job.send(victim, signal.SIGSTOP)
+        stopped = job.send(signal.SIGSTOP, victim)
         told = job.ends(stopped, 2 + 5)
     assert f"error: rank {victim} on {HOST} has been silent for 2 s (" in told
     assert phase in told
@@ -153,9 +153,9 @@ def test_a_stop_shorter_than_the_timeout(tmp_path: Path) -> None:
     """Each rank in turn stands still for a while, in the middle of an answer, and the text is what it would be."""
     with running(2, "decode", tmp_path, 4) as job:
         for rank in (0, 1):
-            job.send(rank, signal.SIGSTOP)
+            job.send(signal.SIGSTOP, rank)
             time.sleep(1)
-            job.send(rank, signal.SIGCONT)
+            job.send(signal.SIGCONT, rank)
         assert job.process.wait(PATIENCE) == 0, job.err.read_text()
     assert job.err.read_text() == ""
     assert job.out.read_text() == mpiexec(2, ["-m", "dllama_mpi", *LONG]).stdout
@@ -163,12 +163,10 @@ def test_a_stop_shorter_than_the_timeout(tmp_path: Path) -> None:
 
 def test_everybody_stopped_for_longer_than_the_timeout(tmp_path: Path) -> None:
     """A job that is suspended as a whole, as by Ctrl-Z, goes on when it is continued."""
-    with running(2, "idle", tmp_path, 1) as job:
-        for rank in (0, 1):
-            job.send(rank, signal.SIGSTOP)
+    with running(2, "idle", tmp_path, 2) as job:
+        job.send(signal.SIGSTOP, 0, 1)
+        time.sleep(3.5)
+        job.send(signal.SIGCONT, 0, 1)
         time.sleep(2.5)
-        for rank in (0, 1):
-            job.send(rank, signal.SIGCONT)
-        time.sleep(1.5)
         job.process.communicate(b"/quit\n", PATIENCE)
         assert job.process.returncode == 0, job.err.read_text()
