@@ -272,6 +272,46 @@ def decode_sum(payloads: Bytes) -> Floats:
     return total
 
 
+def all_reduce(values: list[Floats], way: str, payload: str, homes: list[str]) -> Floats:
+    """Return the sum (blocks, 32) of the ranks' values as an algorithm computes it, roundings included.
+
+    homes: the host of each rank.
+    """
+    if way == "shared":
+        return decode_sum(np.stack([encode(v, "f32") for v in values]))
+    if way == "two-level":
+        leaders = sorted({homes.index(home) for home in homes})
+        sums = []
+        for leader in leaders:
+            total = values[leader]
+            for rank in range(leader + 1, len(values)):
+                if homes[rank] == homes[leader]:
+                    total = total + values[rank]
+            sums.append(total)
+        if len(sums) == 1:
+            return sums[0]
+        size = encode(sums[0], payload).size
+        direct = len(sums) == 2 or size * (len(sums) - 1) <= 8192
+        return all_reduce(sums, "direct" if direct else "scatter", payload, homes)
+    if way == "doubling":
+        return _doubled(values, payload)
+    total = decode_sum(np.stack([encode(v, payload) for v in values]))
+    return total if way == "direct" else decode(encode(total, payload))
+
+
+def _doubled(values: list[Floats], payload: str) -> Floats:
+    power = 1 << (len(values).bit_length() - 1)
+    sums = list(values[:power])
+    for rank in range(power, len(values)):
+        sums[rank - power] = decode_sum(np.stack([encode(sums[rank - power], payload), encode(values[rank], payload)]))
+    distance = 1
+    while distance < power:
+        sent = [encode(v, payload) for v in sums]
+        sums = [decode_sum(np.stack([sent[min(r, r ^ distance)], sent[max(r, r ^ distance)]])) for r in range(power)]
+        distance *= 2
+    return sums[0]
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Sampling
 # --------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..engine.sequence import SamplingParams
     from ..parallel.group import TensorParallelGroup
 
+SYNCS = ("auto", "shared", "direct", "scatter", "doubling", "two-level", "mpi")
 WEIGHTS = ("q40", "q80", "f16", "f32")
 
 
@@ -71,8 +72,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--buffer-float-type",
         choices=("f32", "f16", "q80"),
-        default="f32",
-        help="what activations are sent as (default: f32)",
+        help="what activations are sent as between hosts (default: q80; ranks of one host share f32 in memory)",
+    )
+    group.add_argument(
+        "--sync",
+        choices=SYNCS,
+        default="auto",
+        help="how activations are summed over ranks (default: auto, the fastest by measurement at the start)",
     )
     group.add_argument(
         "--nthreads",
@@ -147,7 +153,7 @@ def load(args: argparse.Namespace, group: TensorParallelGroup, max_batch: int = 
     """Build the model that the options describe."""
     from ..engine.llm import LLM
 
-    names = "tokenizer weights max_seq_len kv_type buffer_float_type nthreads split prefill_chunk bind timeout"
+    names = "tokenizer weights max_seq_len kv_type buffer_float_type sync nthreads split prefill_chunk bind timeout"
     options = {name: getattr(args, name) for name in names.split()}
     return LLM(args.model, group=group, quiet=False, max_batch=max_batch, **options)
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..errors import ClusterError, DllamaError, ModelError, RequestError, UsageError
 from ..kernels import runtime
-from ..kernels.layout import FORMATS
+from ..kernels.layout import BLOCK, FORMATS, ceil_to
 from ..log import progress, say
 from ..model.batch import Batch
 from ..model.config import ModelConfig
@@ -26,7 +26,7 @@ from ..model.names import check_files, matrix_shapes, vector_shapes
 from ..model.shapes import shape_config
 from ..model.size import buffer_bytes, cache_bytes, weight_bytes
 from ..model.transformer import Transformer
-from ..parallel.allreduce import PAYLOADS
+from ..parallel.allreduce import PAYLOADS, SYNCS
 from ..parallel.group import TensorParallelGroup, connect
 from ..parallel.line import Phase
 from ..parallel.partition import parse_split, shards
@@ -58,7 +58,9 @@ class Options:
         model: a model directory, "demo" for the one that comes with the package, or "random:SHAPE" for random
             weights of a shape in `model.shapes`.
         weights: "q40", "q80", "f16" or "f32"; None: what a converted directory holds, else q40.
-        buffer_float_type: what activations are sent as: "f32", "f16" or "q80".
+        buffer_float_type: what activations are sent as between hosts: "f32", "f16" or "q80"; None: q80, which loses
+            nothing that can be measured.
+        sync: how all-reduces are done, one of `SYNCS`; "auto": the fastest by measurement.
         nthreads: threads a rank; None: the cores it may use, divided by the ranks that share them.
         max_seq_len: positions of the KV cache; None: the model's, or what fits in memory.
         max_batch: sequences that run at once. prefill_chunk: prompt tokens a step.
@@ -72,7 +74,8 @@ class Options:
 
     model: str
     weights: str | None = None
-    buffer_float_type: str = "f32"
+    buffer_float_type: str | None = None
+    sync: str = "auto"
     nthreads: int | None = None
     max_seq_len: int | None = None
     max_batch: int = 1
@@ -86,10 +89,10 @@ class Options:
 
     def check(self) -> None:
         """Raise a UsageError that names the first value that cannot be."""
-        choices = (("weights", FORMATS), ("buffer_float_type", PAYLOADS), ("kv_type", KV_TYPES))
+        choices = (("weights", FORMATS), ("buffer_float_type", PAYLOADS), ("kv_type", KV_TYPES), ("sync", SYNCS))
         for name, allowed in choices:
             value = getattr(self, name)
-            if value not in allowed and not (value is None and name != "buffer_float_type"):
+            if value not in allowed and not (value is None and name != "sync"):
                 raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         for name in ("nthreads", "max_seq_len", "max_batch", "prefill_chunk"):
             value = getattr(self, name)
@@ -155,8 +158,10 @@ class LLM:
         with self.group.together():
             show = self.group.is_root and not o.quiet
             self._model = Transformer(source, c, context, lambda layers: progress(layers, "loading", show))
-            self._model.allocate(tokens, o.max_batch, self.max_seq_len, self.kv_type)
-            self.group.prepare_all_reduce(tokens * self._model.context.partial.shape[1], o.buffer_float_type)
+        width = ceil_to(c.hidden_size, BLOCK)
+        partial = self.group.prepare_all_reduce(tokens, width, o.buffer_float_type, o.sync)
+        with self.group.together():
+            self._model.allocate(partial, o.max_batch, self.max_seq_len, self.kv_type)
         self._runner = Runner(self._model, self.group, o.max_batch, self.max_seq_len)
         self.engine = Engine(self._runner, self.group, c.vocab_size, o.max_batch, o.prefill_chunk)
         self._in_session = False

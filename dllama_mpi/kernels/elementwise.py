@@ -62,36 +62,6 @@ def rms_norm_row(x, weight, eps, size, out):
         out[i] = x[i] * scale * weight[i]
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def rms_norm(x, weight, eps, out, xq, xs, xc):
-    """Normalise x (tokens, padded hidden) by its root mean square over weight.size values (arXiv:1910.07467).
-
-    out: float32 like x, its padding untouched. With xq, xs, xc not empty the result is also quantised to Q80.
-    """
-    for t in prange(x.shape[0]):
-        rms_norm_row(x[t], weight, eps, weight.size, out[t])
-        if xq.size > 0:
-            quantise_row(out[t], xq[t], xs[t], xc[t])
-
-
-@njit(cache=True, nogil=True, inline="never")
-def _add_row(x, y, bias):
-    for i in range(x.size):
-        x[i] += y[i]
-    for i in range(bias.size):
-        x[i] += bias[i]
-
-
-@njit(cache=True, nogil=True, parallel=True)
-def add(x, y, bias):
-    """Add y and a bias (empty for none) to x in place; x and y are (tokens, n) float32."""
-    if x.shape[0] == 1:
-        _add_row(x[0], y[0], bias)
-        return
-    for t in prange(x.shape[0]):
-        _add_row(x[t], y[t], bias)
-
-
 @njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
 def _rotate(head, cos, sin):
     half = cos.size

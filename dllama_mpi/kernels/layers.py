@@ -1,8 +1,9 @@
-"""The two halves of a decoder layer up to their all-reduce, each one compiled call.
+"""All decoder layers of a step in one compiled call, their all-reduces included.
 
-A half is a few parallel regions; between them one token's norms and rotations are done by the calling thread, because
-starting a region costs more than they do. A matrix is passed as four integers: the address of its first tile, the bytes
-from one row of tiles to the next, rows of tiles, tiles in a row; several stand one after another in one int64 array.
+Each half of a layer is a few parallel regions; between them one token's norms and rotations are done by the calling
+thread, because starting a region costs more than they do. A matrix is passed as four integers: the address of its first
+tile, the bytes from one row of tiles to the next, rows of tiles, tiles in a row; several stand one after another in one
+int64 array.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 
 from .attention import attention
-from .elementwise import quantise, quantise_row, rms_norm, rms_norm_row, rope_and_store, rope_and_store_row
+from .elementwise import quantise, quantise_row, rms_norm_row, rope_and_store, rope_and_store_row
+from .exchange import PARTS, finish_exchange, start_exchange
 from .layout import BLOCK, ROWS
 from .matmul import float_rows, quantised_rows
+from .payload import add_blocks
 from .simd import F32, I64, EmitterHere, address, constant, vector
 
 FIELDS = 4  # integers that describe a matrix
@@ -122,29 +125,53 @@ def _gate_up(marker, matrices, biases, x, codes, scales, offsets, inner, i_codes
                        tokens, np.int64(thread), threads)  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
-def _normalise(residual, norm, eps, x, codes, scales, offsets):
-    if residual.shape[0] > 1:
-        rms_norm(residual, norm, eps, x, codes, scales, offsets)
-    else:
-        rms_norm_row(residual[0], norm, eps, norm.size, x[0])
+@njit(cache=True, nogil=True, inline="never")
+def _add_and_normalise_row(x, token, source, bias, norm, eps, out, codes, scales, offsets):
+    """Add what an exchange brought and a bias to one token's residual; write its RMSNorm unless norm is empty."""
+    blocks = x.size // BLOCK
+    for k in range(source[1]):
+        add_blocks(address(x), source[0] + k * source[2] + token * blocks * source[3], blocks, source[3])
+    for i in range(bias.size):
+        x[i] += bias[i]
+    if norm.size > 0:
+        rms_norm_row(x, norm, eps, norm.size, out)
         if codes.size > 0:
-            quantise_row(x[0], codes[0], scales[0], offsets[0])
+            quantise_row(out, codes[0], scales[0], offsets[0])
+
+
+@njit(cache=True, nogil=True, parallel=True)
+def _add_and_normalise_rows(residual, source, bias, norm, eps, x, codes, scales, offsets, quantised):
+    for t in prange(residual.shape[0]):
+        own = slice(t * quantised, t * quantised + quantised)  # of arrays without rows: nothing
+        _add_and_normalise_row(residual[t], t, source, bias, norm, eps, x[t], codes[own], scales[own],
+                               offsets[own])  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
-def attention_half(marker, kv_marker, matrices, residual, norm, eps, x, codes, scales, offsets, qkv, bias, q_norm,
-                   k_norm, cos, sin, head_dim, first_head, last_head, group, keys, key_scales, values, value_scales,
-                   slots, positions, window, scale, attended, a_codes, a_scales, a_offsets, out_start, partial,
-                   threads):  # fmt: skip
+def add_and_normalise(residual, source, bias, norm, eps, x, codes, scales, offsets):
+    """Add a source (see `kernels.exchange`) and a bias to the residual (tokens, hidden to 32s) float32, in place.
+
+    bias: (hidden,) or empty. norm: weights of an RMSNorm (arXiv:1910.07467) whose result goes to x (>= tokens, ...),
+    quantised to codes, scales and offsets as well unless these are empty, or empty for none.
+    """
+    quantised = 1 if codes.size > 0 else 0
+    if residual.shape[0] > 1:
+        _add_and_normalise_rows(residual, source, bias, norm, eps, x, codes, scales, offsets, quantised)
+    else:
+        _add_and_normalise_row(residual[0], 0, source, bias, norm, eps, x[0], codes, scales, offsets)
+
+
+@njit(cache=True, nogil=True)
+def _attention_half(marker, kv_marker, matrices, residual, x, codes, scales, offsets, qkv, bias, q_norm,
+                    k_norm, eps, cos, sin, head_dim, first_head, last_head, group, keys, key_scales, values,
+                    value_scales, slots, positions, window, scale, attended, a_codes, a_scales, a_offsets, out_start,
+                    partial, threads):  # fmt: skip
     """Write this rank's term of the attention's output into partial (tokens, hidden), and fill the KV cache.
 
-    matrices: q, k, v, o. residual: (tokens, hidden to 32s) float32. x, codes, scales, offsets: scratch for the
-    normalised input; qkv, attended...: scratch of the products' widths. The other arguments are those of
-    `rope_and_store` and `attention`.
+    matrices: q, k, v, o. x, codes, scales, offsets: the normalised input; qkv, attended...: scratch of the products'
+    widths. The other arguments are those of `rope_and_store` and `attention`.
     """
     tokens = residual.shape[0]
-    _normalise(residual, norm, eps, x[:tokens], codes[:tokens], scales[:tokens], offsets[:tokens])
     products(marker, matrices[: 3 * FIELDS], x, codes, scales, offsets, qkv, tokens, threads)
     k_start = ROWS * matrices[2]
     v_start = k_start + ROWS * matrices[FIELDS + 2]
@@ -163,19 +190,56 @@ def attention_half(marker, kv_marker, matrices, residual, norm, eps, x, codes, s
             quantise(attended[:tokens], a_codes, a_scales, a_offsets)
         else:
             quantise_row(attended[0], a_codes[0], a_scales[0], a_offsets[0])
-    products(marker, matrices[3 * FIELDS :], attended, a_codes, a_scales, a_offsets, partial, tokens, threads)
+    products(marker, matrices[3 * FIELDS : 4 * FIELDS], attended, a_codes, a_scales, a_offsets, partial, tokens,
+             threads)  # fmt: skip
 
 
 @njit(cache=True, nogil=True)
-def mlp_half(marker, matrices, residual, norm, eps, x, codes, scales, offsets, biases, inner, i_codes, i_scales,
-             i_offsets, up, partial, threads):  # fmt: skip
-    """Write this rank's term of the MLP's output into partial (tokens, hidden).
+def decoder_layers(marker, kv_marker, matrices, norms, eps, residual, x, codes, scales, offsets, qkv, qkv_bias, q_norms,
+                   k_norms, cos, sin, head_dim, first_head, last_head, group, keys, key_scales, values, value_scales,
+                   slots, positions, windows, scale, attended, a_codes, a_scales, a_offsets, out_start, o_bias,
+                   gate_up_bias, inner, i_codes, i_scales, i_offsets, up, down_bias, partial, link, parts,
+                   threads):  # fmt: skip
+    """Pass the residual (tokens, hidden to 32s) float32 through all layers, in place, and fill the KV cache.
 
-    matrices: gate, up, down. biases: (2, n) of gate and up, or (0, 0). inner, up: (tokens, n to 32s) float32
-    scratch, zero where no product writes.
+    marker, kv_marker: formats of the weights and of the cache. Arrays with a first axis of layers: matrices, those of
+    q, k, v, o, gate, up, down; norms (layers, 2, hidden); qkv_bias, q_norms, k_norms, o_bias, gate_up_bias (layers, 2,
+    n), down_bias, empty in the last axis where the model has none; windows; keys, values and their scales. x, codes,
+    scales, offsets, qkv, attended..., inner..., up: scratch. partial: (2, tokens, hidden to 32s), this rank's terms of
+    the two all-reduces of a layer. link: see `kernels.exchange`. parts: bounds of the parts of the tokens, whose
+    exchanges overlap with the other part's computing; the tokens of one sequence stand in order. The rest is as in
+    `rope_and_store` and `attention`.
     """
-    tokens = residual.shape[0]
-    _normalise(residual, norm, eps, x[:tokens], codes[:tokens], scales[:tokens], offsets[:tokens])
-    _gate_up(marker, matrices, biases, x, codes, scales, offsets, inner, i_codes, i_scales, i_offsets, up, tokens,
-             threads)  # fmt: skip
-    products(marker, matrices[2 * FIELDS :], inner, i_codes, i_scales, i_offsets, partial, tokens, threads)
+    layers, count = matrices.shape[0], parts.size - 1
+    sources = np.zeros((PARTS, 4), np.int64)
+    no_norm, no_bias = norms[0, 0, :0], o_bias[0, :0]
+    for layer in range(layers):
+        m = matrices[layer]
+        for p in range(count):
+            a, b = parts[p], parts[p + 1]
+            rows, source = residual[a:b], sources[p]
+            finish_exchange(link, source)
+            add_and_normalise(rows, source, down_bias[layer - 1] if layer > 0 else no_bias, norms[layer, 0], eps, x,
+                              codes, scales, offsets)  # fmt: skip
+            _attention_half(marker, kv_marker, m, rows, x, codes, scales, offsets, qkv, qkv_bias[layer],
+                            q_norms[layer], k_norms[layer], eps, cos[a:b], sin[a:b], head_dim, first_head, last_head,
+                            group, keys[layer], key_scales[layer], values[layer], value_scales[layer], slots[a:b],
+                            positions[a:b], windows[layer], scale, attended, a_codes, a_scales, a_offsets, out_start,
+                            partial[0, a:b], threads)  # fmt: skip
+            start_exchange(link, address(partial[0, a:b]), (b - a) * partial.shape[2] // BLOCK, p, source,
+                           m[4 * FIELDS], m[4 * FIELDS + 1] * m[4 * FIELDS + 2] // threads)  # fmt: skip
+        for p in range(count):
+            a, b = parts[p], parts[p + 1]
+            rows, source = residual[a:b], sources[p]
+            finish_exchange(link, source)
+            add_and_normalise(rows, source, o_bias[layer], norms[layer, 1], eps, x, codes, scales, offsets)
+            _gate_up(marker, m[4 * FIELDS :], gate_up_bias[layer], x, codes, scales, offsets, inner, i_codes, i_scales,
+                     i_offsets, up, b - a, threads)  # fmt: skip
+            products(marker, m[6 * FIELDS :], inner, i_codes, i_scales, i_offsets, partial[1, a:b], b - a, threads)
+            following = matrices[min(layer + 1, layers - 1)]
+            start_exchange(link, address(partial[1, a:b]), (b - a) * partial.shape[2] // BLOCK, p, source,
+                           following[0], following[1] * following[2] // threads)  # fmt: skip
+    for p in range(count):
+        finish_exchange(link, sources[p])
+        add_and_normalise(residual[parts[p] : parts[p + 1]], sources[p], down_bias[layers - 1], no_norm, eps, x, codes,
+                          scales, offsets)  # fmt: skip

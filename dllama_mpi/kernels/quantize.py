@@ -1,4 +1,4 @@
-"""Turning weights into tiles and back, and activations into the bytes that travel between ranks."""
+"""Turning weights into tiles and back."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from numba import njit, prange, types
 from numba.extending import intrinsic
 
 from .layout import BLOCK, ROWS
-from .simd import F16, F32, bf16_to_f32, narrow, widen
+from .simd import F16, F32, bf16_to_f32, widen
 
 BF16_BITS, PLAIN = 1, 0
-_LARGEST_HALF = np.float32(65504)  # of float16; what is beyond is sent as that
 
 
 def _memory_intrinsics(element):
@@ -126,51 +125,3 @@ def unpack_tiles(tiles, x):
                         values[i] = _load_half(tile, i * ROWS + r)
                     else:
                         values[i] = _load_single(tile, i * ROWS + r)
-
-
-@njit(cache=True, nogil=True)
-def encode(x, payload):
-    """Write float32 values x (blocks, 32) as a payload (blocks, bytes) uint8: 34 bytes Q80, 64 float16, 128 float32.
-
-    A Q80 block is a float16 scale and 32 int8 codes.
-    """
-    kind = payload.shape[1]
-    for b in range(x.shape[0]):
-        out = payload[b]
-        if kind == 34:
-            largest = np.float32(0)
-            for i in range(BLOCK):
-                largest = max(largest, abs(x[b, i]))
-            scale = widen(narrow(min(largest / np.float32(127), _LARGEST_HALF)))
-            inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
-            _store_half(out, 0, scale)
-            for i in range(BLOCK):
-                code = np.int32(np.rint(x[b, i] * inverse))
-                out[2 + i] = np.uint8(max(np.int32(-127), min(np.int32(127), code)) & 255)
-        elif kind == 64:
-            for i in range(BLOCK):
-                _store_half(out, i, max(-_LARGEST_HALF, min(_LARGEST_HALF, x[b, i])))
-        else:
-            for i in range(BLOCK):
-                _store_single(out, i, x[b, i])
-
-
-@njit(cache=True, nogil=True)
-def decode_sum(payloads, x):
-    """Write the sum over ranks of payloads (ranks, blocks, bytes), in rank order, into x (blocks, 32) float32."""
-    kind = payloads.shape[2]
-    for b in range(x.shape[0]):
-        for rank in range(payloads.shape[0]):
-            part = payloads[rank, b]
-            if rank == 0:
-                x[b, :] = 0
-            if kind == 34:
-                scale = _load_half(part, 0)
-                for i in range(BLOCK):
-                    x[b, i] += scale * np.float32(np.int8(part[2 + i]))
-            elif kind == 64:
-                for i in range(BLOCK):
-                    x[b, i] += _load_half(part, i)
-            else:
-                for i in range(BLOCK):
-                    x[b, i] += _load_single(part, i)

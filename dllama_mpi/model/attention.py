@@ -6,11 +6,9 @@ import math
 
 import numpy as np
 
-from ..kernels.layers import attention_half
 from ..kernels.layout import BLOCK, ceil_to
 from ..weights.checkpoint import Checkpoint
 from ..weights.tiles import load_vector
-from .batch import Batch
 from .config import ModelConfig
 from .context import Context
 from .linear import EMPTY, ColumnParallelLinear, RowParallelLinear, described
@@ -22,7 +20,6 @@ class Attention:
     def __init__(self, source: Checkpoint, layer: int, config: ModelConfig, context: Context) -> None:
         c, shard, fmt = config, context.shard, context.format
         name, dim = f"model.layers.{layer}.self_attn", c.head_dim
-        self.layer, self.config, self.window = layer, c, c.windows[layer]
         self.heads, kv_heads = shard.heads, shard.kv_heads
         q_rows, kv_rows = (self.heads[0] * dim, self.heads[1] * dim), (kv_heads[0] * dim, kv_heads[1] * dim)
         kv_shape = (c.num_kv_heads * dim, c.hidden_size)
@@ -39,7 +36,7 @@ class Attention:
         self.k_norm = load_vector(source, f"{name}.k_norm.weight", dim) if c.qk_norm else EMPTY
         self.bias = self._joined_bias() if c.qkv_bias else EMPTY
         self.matrices = described(self.q.matrix, self.k.matrix, self.v.matrix, self.o.matrix)
-        self.eps, self.scale = np.float32(c.rms_norm_eps), np.float32(1 / math.sqrt(dim))
+        self.scale = np.float32(1 / math.sqrt(dim))
 
     @property
     def width(self) -> int:
@@ -58,21 +55,3 @@ class Attention:
             bias[start : start + linear.bias.size] = linear.bias
             start += linear.width
         return bias
-
-    def __call__(
-        self,
-        residual: np.ndarray,
-        norm: np.ndarray,
-        batch: Batch,
-        angles: tuple[np.ndarray, np.ndarray],
-        context: Context,
-    ) -> None:
-        """Add the attention of the normalised residual (tokens, hidden) to it, and fill the KV cache."""
-        c = self.config
-        attention_half(
-            context.format.marker, context.cache.marker, self.matrices, residual, norm, self.eps,
-            *context.hidden.arrays(), context.qkv, self.bias, self.q_norm, self.k_norm, *angles, c.head_dim,
-            *self.heads, c.num_heads // c.num_kv_heads, *context.cache.layer(self.layer), batch.slots, batch.positions,
-            self.window, self.scale, *context.attended.arrays(), self.out_start, context.partial, context.threads,
-        )  # fmt: skip
-        self.o.reduce(context.partial[: batch.tokens], residual, context.group)

@@ -21,7 +21,8 @@ class Context:
 
     Attributes:
         hidden: normalised input of a layer. qkv: (tokens, n) float32. attended: input of o. inner: input of down.
-        up: (tokens, n) float32. partial: (tokens, hidden) float32, this rank's term of an all-reduce.
+        up: (tokens, n) float32. partial: (2, tokens, hidden to 32s) float32, this rank's terms of the all-reduces of
+            attention and MLP, where the group wants them.
     """
 
     group: TensorParallelGroup
@@ -46,10 +47,11 @@ class Context:
         qkv: int,
         attended: int,
         inner: int,
+        partial: np.ndarray,
     ) -> None:
         """Make buffers for steps of up to `tokens` tokens and a KV cache of `slots` x `positions`.
 
-        qkv, attended, inner: widths of those buffers.
+        qkv, attended, inner: widths of those buffers. partial: see `TensorParallelGroup.prepare_all_reduce`.
         """
         hidden = ceil_to(config.hidden_size, BLOCK)
         self.hidden = Activations(tokens, hidden, self.format)
@@ -57,8 +59,8 @@ class Context:
         self.inner = Activations(tokens, inner, self.format)
         self.qkv = aligned_empty((tokens, qkv), np.float32)
         self.up = aligned_empty((tokens, ceil_to(inner, BLOCK)), np.float32)
-        self.partial = aligned_empty((tokens, hidden), np.float32)
-        for array in (self.qkv, self.up, self.partial):
+        self.partial = partial
+        for array in (self.qkv, self.up):
             array[:] = 0  # padding that no product writes takes part in sums
         kv_heads = self.shard.kv_heads[1] - self.shard.kv_heads[0]
         self.cache = KVCache(config.num_layers, slots, kv_heads, positions, config.head_dim, kv_type)

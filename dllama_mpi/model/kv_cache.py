@@ -29,9 +29,13 @@ class KVCache:
         self._key_scales = np.zeros((*every, rows // ROWS, blocks, ROWS if quantised else 0), np.uint16)
         self._value_scales = np.zeros((*every, blocks, rows if quantised else 0), np.uint16)
 
-    def layer(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Return keys, their scales, values and their scales; the first axis is of layers."""
+        return self._keys, self._key_scales, self._values, self._value_scales
+
+    def layer(self, index: int) -> tuple[np.ndarray, ...]:
         """Return a layer's keys, their scales, values and their scales."""
-        return self._keys[index], self._key_scales[index], self._values[index], self._value_scales[index]
+        return tuple(array[index] for array in self.arrays())
 
 
 def bytes_per_position(layers: int, kv_heads: int, head_dim: int, kv_type: str) -> int:

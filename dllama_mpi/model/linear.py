@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..kernels import elementwise
 from ..kernels.layers import products
 from ..kernels.layout import BLOCK, ROWS, TileFormat, ceil_to
-from ..parallel.group import TensorParallelGroup
 from ..weights.checkpoint import Checkpoint
 from ..weights.tiles import TileMatrix, aligned_empty, load_matrix, load_vector
 
@@ -67,15 +65,13 @@ class ColumnParallelLinear:
 
 
 class RowParallelLinear:
-    """Y = sum over ranks of X_r A_r^T, + b: the rank holds columns `cols` of A (out, in). One all-reduce."""
+    """Y = sum over ranks of X_r A_r^T, + b: the rank holds columns `cols` of A (out, in). One all-reduce.
+
+    The bias, and the residual, are added to the sum on every rank.
+    """
 
     def __init__(
         self, source: Checkpoint, name: str, shape: tuple[int, int], cols: tuple[int, int], fmt: TileFormat, bias: bool
     ) -> None:
         self.matrix = load_matrix(source, f"{name}.weight", shape, (0, shape[0]), cols, fmt)
         self.bias = load_vector(source, f"{name}.bias", shape[0]) if bias else EMPTY
-
-    def reduce(self, partial: np.ndarray, residual: np.ndarray, group: TensorParallelGroup) -> None:
-        """Add Y to the residual, given this rank's term X_r A_r^T in partial; both (tokens, n) float32."""
-        group.all_reduce(partial)
-        elementwise.add(residual, partial, self.bias)

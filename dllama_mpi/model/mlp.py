@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..kernels.layers import mlp_half
 from ..kernels.layout import BLOCK, ceil_to
 from ..weights.checkpoint import Checkpoint
 from .config import ModelConfig
@@ -24,12 +23,3 @@ class MLP:
         self.width = ceil_to(part[1] - part[0], BLOCK)
         self.matrices = described(self.gate.matrix, self.up.matrix, self.down.matrix)
         self.biases = np.stack([self.gate.bias, self.up.bias])  # (2, 0) for none
-        self.eps = np.float32(config.rms_norm_eps)
-
-    def __call__(self, residual: np.ndarray, norm: np.ndarray, context: Context) -> None:
-        """Add the MLP of the normalised residual (tokens, hidden) to it."""
-        mlp_half(
-            context.format.marker, self.matrices, residual, norm, self.eps, *context.hidden.arrays(), self.biases,
-            *context.inner.arrays(), context.up, context.partial, context.threads,
-        )  # fmt: skip
-        self.down.reduce(context.partial[: len(residual)], residual, context.group)

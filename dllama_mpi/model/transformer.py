@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from ..kernels import elementwise
+from ..kernels.layers import add_and_normalise, decoder_layers
 from ..kernels.layout import ROWS, ceil_to
 from ..weights.checkpoint import Checkpoint
 from ..weights.tiles import aligned_empty, check_shape, load_matrix, load_vector
@@ -14,11 +14,12 @@ from .attention import Attention
 from .batch import Batch
 from .config import ModelConfig
 from .context import Context
-from .linear import Activations, multiply
+from .linear import EMPTY, Activations, multiply
 from .mlp import MLP
 from .rope import Rope
 
 HEAD_ROWS = 64  # rows of logits computed at once
+NOTHING_TO_ADD = np.zeros(4, np.int64)
 
 
 class Embedding:
@@ -55,7 +56,7 @@ class ParallelLMHead:
 
 
 class Layer:
-    """One decoder layer: attention and MLP, each after an RMSNorm, each added to the residual."""
+    """The weights of one decoder layer: attention and MLP, each after an RMSNorm, each added to the residual."""
 
     def __init__(self, source: Checkpoint, index: int, config: ModelConfig, context: Context) -> None:
         name = f"model.layers.{index}"
@@ -63,13 +64,6 @@ class Layer:
         self.attention = Attention(source, index, config, context)
         self.mlp_norm = load_vector(source, f"{name}.post_attention_layernorm.weight", config.hidden_size)
         self.mlp = MLP(source, index, config, context)
-
-    def __call__(
-        self, residual: np.ndarray, batch: Batch, angles: tuple[np.ndarray, np.ndarray], context: Context
-    ) -> None:
-        """Pass the residual (tokens, hidden) float32 through the layer, in place."""
-        self.attention(residual, self.attention_norm, batch, angles, context)
-        self.mlp(residual, self.mlp_norm, context)
 
 
 class Transformer:
@@ -94,29 +88,54 @@ class Transformer:
         self.norm = load_vector(source, "model.norm.weight", config.hidden_size)
         self.lm_head = ParallelLMHead(source, config, context)
         self.rope = Rope(config.rope)
+        self._stack()
 
-    def allocate(self, tokens: int, slots: int, positions: int, kv_type: str) -> None:
-        """Make buffers for steps of up to `tokens` tokens and a KV cache of `slots` x `positions`."""
-        attention, mlp = self.layers[0].attention, self.layers[0].mlp
+    def allocate(self, partial: np.ndarray, slots: int, positions: int, kv_type: str) -> None:
+        """Make buffers for steps of as many tokens as `partial` has rows, and a KV cache of `slots` x `positions`.
+
+        partial: see `TensorParallelGroup.prepare_all_reduce`.
+        """
+        attention, mlp, tokens = self.layers[0].attention, self.layers[0].mlp, max(partial.shape[1], HEAD_ROWS)
         widths = (attention.width, attention.out_cols, mlp.width)
-        self.context.allocate(self.config, max(tokens, HEAD_ROWS), slots, positions, kv_type, *widths)
-        self._residual = np.zeros_like(self.context.partial)
+        self.context.allocate(self.config, tokens, slots, positions, kv_type, *widths, partial)
+        self._residual = np.zeros(partial.shape[1:], np.float32)
+
+    def _stack(self) -> None:
+        """Put what layers have small next to each other, as the compiled loop over layers takes it."""
+        attention, mlp = [layer.attention for layer in self.layers], [layer.mlp for layer in self.layers]
+        pairs = zip(attention, mlp, strict=True)
+        self._matrices = np.stack([np.concatenate([a.matrices, m.matrices]) for a, m in pairs])
+        self._norms = np.stack([[layer.attention_norm, layer.mlp_norm] for layer in self.layers])
+        self._qkv_bias = np.stack([a.bias for a in attention])
+        self._q_norms, self._k_norms = np.stack([a.q_norm for a in attention]), np.stack([a.k_norm for a in attention])
+        self._o_bias, self._down_bias = np.stack([a.o.bias for a in attention]), np.stack([m.down.bias for m in mlp])
+        self._gate_up_bias = np.stack([m.biases for m in mlp])
+        self._windows = np.array(self.config.windows, np.int64)
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Feed a batch; return the final hidden states (logit rows, padded hidden) float32, the same on every rank.
 
         The KV cache holds the batch's tokens afterwards.
         """
+        c, context, first = self.config, self.context, self.layers[0].attention
         residual = self._residual[: batch.tokens]
         self.embedding(batch.token_ids, residual)
-        angles = self.rope(batch.positions, batch.lengths)
-        for layer in self.layers:
-            layer(residual, batch, angles, self.context)
+        cos, sin = self.rope(batch.positions, batch.lengths)
+        parts = context.group.parts(batch.tokens)
+        with context.group.exchanging(parts):
+            decoder_layers(
+                context.format.marker, context.cache.marker, self._matrices, self._norms, self.eps, residual,
+                *context.hidden.arrays(), context.qkv, self._qkv_bias, self._q_norms, self._k_norms, cos, sin,
+                c.head_dim, *first.heads, c.num_heads // c.num_kv_heads, *context.cache.arrays(), batch.slots,
+                batch.positions, self._windows, first.scale, *context.attended.arrays(), first.out_start, self._o_bias,
+                self._gate_up_bias, *context.inner.arrays(), context.up, self._down_bias, context.partial,
+                context.group.link, parts, context.threads,
+            )  # fmt: skip
         rows: np.ndarray = residual[batch.logit_rows]
         return rows
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Return the rank's logits (rows, its part of the vocabulary) float32 of up to 64 hidden states."""
         x, n = self.context.hidden, len(hidden)
-        elementwise.rms_norm(hidden, self.norm, self.eps, x.values[:n], *x.quantised(n))
+        add_and_normalise(hidden, NOTHING_TO_ADD, EMPTY, self.norm, self.eps, *x.arrays())
         return self.lm_head(x, n, self.context.threads)

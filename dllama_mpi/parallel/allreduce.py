@@ -1,82 +1,340 @@
-"""All-reduce of activations, sent as float32, float16 or Q80 blocks and summed in rank order on every rank.
+"""All-reduce of activations: buffers, the algorithms to choose from, and the choice by measurement.
 
-Two algorithms, both bit-identical on every rank and exact in the bytes they move (P: bytes of one payload, N: ranks):
+The algorithms stand in `kernels.exchange` and call MPI from compiled code. With P bytes of one payload and N ranks, or
+hosts, a rank sends and receives:
 
-direct            every rank sends its payload to every other: one hop, (N - 1) * P bytes each way;
-reduce-scatter    every rank sums one part of the vector and sends the sum to all: two hops,
-+ all-gather      2 * (N - 1) / N * P bytes each way.
+shared      nothing: the ranks of one host read each other's values in shared memory, as float32;
+direct      (N - 1) * P, one hop;
+scatter     2 * (N - 1) / N * P, two hops: reduce-scatter, then all-gather;
+doubling    log2(N) * P, as many hops: recursive doubling (N not a power of two: some ranks 3 * P in all, or P more);
+two-level   shared memory within hosts, and direct or scatter between them, by one rank of each;
+mpi         the library's own Allreduce, through mpi4py, in float32.
+
+All are bit-identical on every rank. Where compiled code cannot call MPI, direct and scatter go through mpi4py, one or
+the other by size ("mpi4py").
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..kernels.layout import BLOCK, ceil_div
-from ..kernels.quantize import decode_sum, encode
+from ..errors import UsageError
+from ..kernels import exchange as x
+from ..kernels.layout import BLOCK, ceil_div, ceil_to
+from ..kernels.payload import PAYLOADS, decode_sum, encode
+from .calls import c_functions, can_use_threads, handle, mpi_functions, sizes
+from .overlap import Overlap
 from .partition import cut
+from .shared import share
 
-# Bytes that 32 values take on the wire: a Q80 block is an fp16 scale and 32 int8 codes.
-PAYLOADS = {"f32": 128, "f16": 64, "q80": 34}
-_DIRECT_BYTES = 8192  # below about this a second hop costs more than the bytes it saves
+__all__ = ["PAYLOADS", "SYNCS", "AllReduce", "Choice"]
+
+_WAYS = {
+    "shared": x.SHARED,
+    "direct": x.DIRECT,
+    "scatter": x.SCATTER,
+    "doubling": x.DOUBLING,
+    "two-level": x.TWO_LEVEL,
+    "mpi": x.CALL,
+}
+SYNCS = ("auto", *_WAYS)
+_MEASURED_ROWS = {1: 9, 8: 5, 64: 3}  # tokens of a message: how often each algorithm is timed
+_OVERLAP_ROWS = 64  # a step of fewer tokens is not cut into parts
+_OVERLAP_MICROSECONDS = 200  # nor one whose exchanges take less
+_DIRECT_BYTES = 8192  # through mpi4py: below about this a second hop costs more than the bytes it saves
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The algorithm for messages of up to so many tokens.
+
+    Attributes:
+        tokens: most tokens; the last choice is for any number. bytes: of their payload. way: the algorithm.
+        microseconds: what each algorithm that was tried took, the slowest rank's median; empty if none was.
+    """
+
+    tokens: int
+    bytes: int
+    way: str
+    microseconds: dict[str, float]
 
 
 class AllReduce:
-    """Sums float32 vectors over the ranks of `comm`, with buffers for `largest` values."""
+    """Sums activations of up to `rows` tokens x `width` float32 values over all ranks. Making one is collective.
 
-    def __init__(self, comm: Any, largest: int, payload: str) -> None:
-        self.comm, self.rank, self.size = comm, comm.rank, comm.size
-        self.width = PAYLOADS[payload]
-        blocks = ceil_div(largest, BLOCK)
-        self._values = np.zeros((blocks, BLOCK), np.float32)
-        self._mine = np.zeros((blocks, self.width), np.uint8)
-        self._theirs = np.zeros(0, np.uint8)
+    Attributes:
+        values: (2, rows, width) float32, where the terms of a sum are to be written; width a multiple of 32.
+        link: what compiled code takes, see `kernels.exchange`. choices: algorithms by size, in ascending order.
+    """
 
-    def __call__(self, x: np.ndarray) -> int:
-        """Replace x, contiguous float32, by its sum over ranks; return the bytes sent (as many were received)."""
-        count = x.size
-        blocks = ceil_div(count, BLOCK)
-        whole = count % BLOCK == 0
-        values = x.reshape(blocks, BLOCK) if whole else self._values[:blocks]
-        if not whole:
-            values.reshape(-1)[:count] = x.reshape(-1)
-            values.reshape(-1)[count:] = 0
-        mine = self._mine[:blocks]
-        encode(values, mine)
-        if self.size == 2 or mine.size * (self.size - 1) <= _DIRECT_BYTES or blocks < self.size:
-            moved = self._direct(mine, values)
+    def __init__(self, comm: Any, hosts: list[str], rows: int, width: int, payload: str | None, sync: str) -> None:
+        """Make buffers and choose algorithms; payload None: the one that suits the algorithm.
+
+        Raises:
+            UsageError: the algorithm does not suit these hosts or this payload; the same on every rank.
+        """
+        from mpi4py import MPI
+
+        self.comm = comm.Dup()
+        # What compiled code calls returns no errors; a broken connection is to end the job.
+        self.comm.Set_errhandler(MPI.ERRORS_ARE_FATAL)
+        self.rank, self.size, self.rows, self.width = comm.rank, comm.size, rows, width
+        self.payload = payload or ("f32" if sync == "mpi" else "q80")
+        self.row_blocks = width // BLOCK
+        self.link = np.zeros(x.FIELDS, np.int64)
+        self._keep: list[Any] = []  # memory that the link points to
+        functions = mpi_functions()
+        self.compiled = functions is not None
+        if functions is not None:
+            self._fill_calls(functions)
+        self._fill_memory(hosts)
+        self.link[x.START], self.link[x.FINISH] = (function.address for function in x.layer_calls())
+        self._check(sync)
+        self.choices = self._choose(sync)
+        self._fill_ways()
+        self._overlap = self._make_overlap()
+
+    # ---- setting up
+
+    def _array(self, size: int, dtype: type = np.uint8) -> np.ndarray:
+        """Return zeros that live as long as this object, on a cache line."""
+        raw = np.zeros(size * np.dtype(dtype).itemsize + 64, np.uint8)
+        start = -raw.ctypes.data % 64
+        array: np.ndarray = raw[start : start + size * np.dtype(dtype).itemsize].view(dtype)
+        self._keep.append(array)
+        return array
+
+    def _fill_calls(self, functions: dict[str, int]) -> None:
+        from mpi4py import MPI
+
+        link = self.link
+        link[x.ISEND], link[x.IRECV], link[x.TESTALL] = functions.values()
+        link[x.COMMUNICATOR], link[x.BYTE] = handle(self.comm), handle(MPI.BYTE)
+        link[x.REQUEST_BYTES], status_bytes = sizes()
+        link[x.REQUESTS] = self._array(2 * self.size * int(link[x.REQUEST_BYTES])).ctypes.data
+        link[x.STATUSES] = self._array(2 * self.size * status_bytes).ctypes.data
+
+    def _fill_memory(self, hosts: list[str]) -> None:
+        link, size = self.link, self.size
+        link[x.RANK], link[x.SIZE], link[x.WIDTH] = self.rank, size, PAYLOADS[self.payload]
+        link[x.ROW_BLOCKS] = self.row_blocks
+        c = c_functions()
+        link[x.YIELD], link[x.SLEEP], link[x.CLOCK] = c["sched_yield"], c["usleep"], c["clock_gettime"]
+        link[x.CLOCK_KIND], link[x.SCRATCH] = c["clock"], self._array(8, np.int64).ctypes.data
+        blocks, message = self.rows * self.row_blocks, self.rows * self.row_blocks * PAYLOADS[self.payload]
+        link[x.VALUES], link[x.MINE] = (
+            self._array(blocks * BLOCK, np.float32).ctypes.data,
+            self._array(message).ctypes.data,
+        )
+        link[x.THEIRS_STRIDE] = ceil_to((max(size, 2) + 1) * message, 64)
+        # Ranks that share memory count as one host, all others as a host each.
+        slot, local = 8 * blocks * BLOCK, hosts.count(hosts[self.rank])
+        several = len(set(hosts)) > 1
+        flags = x.PARTS * (local + 1) * 64
+        theirs = x.PARTS * int(link[x.THEIRS_STRIDE]) if several else 0
+        memory = share(self.comm, hosts, flags + local * slot + theirs) if self.compiled else None
+        alone = self.comm.allgather(memory is None)
+        homes = [f"{host}#{rank}" if alone[rank] else host for rank, host in enumerate(hosts)]
+        leaders = sorted({homes.index(home) for home in homes})
+        mates = [rank for rank, home in enumerate(homes) if home == homes[self.rank]]
+        self.hosts, self.is_shared = len(leaders), len(mates) > 1
+        ranks = self._array(self.hosts + size, np.int64)
+        ranks[:] = [*leaders, *range(size)]
+        link[x.LEADERS], link[x.HOSTS] = ranks.ctypes.data, self.hosts
+        link[x.LEADER], link[x.LOCAL], link[x.LOCALS] = leaders.index(mates[0]), mates.index(self.rank), len(mates)
+        link[x.SLOT_BYTES] = slot
+        if memory is None:
+            own = self._array(slot)
+            theirs_memory = self._array(x.PARTS * int(link[x.THEIRS_STRIDE]))
+            link[x.FLAGS] = self._array(x.PARTS * 2 * 64).ctypes.data
+            link[x.SLOTS] = own.ctypes.data
+            link[x.THEIRS] = link[x.SHARED_THEIRS] = theirs_memory.ctypes.data
         else:
-            moved = self._reduce_scatter(mine, values)
-        if not whole:
-            x.reshape(-1)[:] = values.reshape(-1)[:count]
-        return moved
+            self._keep.append(memory)
+            link[x.FLAGS] = memory.ctypes.data
+            link[x.SLOTS] = memory.ctypes.data + flags
+            own = memory[flags + int(link[x.LOCAL]) * slot :][:slot]
+            link[x.SHARED_THEIRS] = memory.ctypes.data + flags + local * slot
+            link[x.THEIRS] = self._array(x.PARTS * int(link[x.THEIRS_STRIDE])).ctypes.data
+        self.values = own.view(np.float32).reshape(2, self.rows, self.width)
 
-    def _room(self, size: int) -> np.ndarray:
-        if self._theirs.size < size:
-            self._theirs = np.zeros(size, np.uint8)
-        return self._theirs[:size]
+    def _check(self, sync: str) -> None:
+        """Raise if the named algorithm cannot be used here."""
+        if sync == "mpi" and self.payload != "f32":
+            raise UsageError(f"--sync mpi sends f32; --buffer-float-type is {self.payload}; leave it out or give f32")
+        if sync in ("shared", "doubling", "two-level") and not self.compiled:
+            raise UsageError(f"--sync {sync} needs MPI from compiled code, which cannot call this library; use direct")
+        if sync == "shared" and self.hosts > 1:
+            raise UsageError(
+                f"--sync shared: the ranks do not share memory, they are in {self.hosts} places; use two-level or auto"
+            )
 
-    def _direct(self, mine: np.ndarray, values: np.ndarray) -> int:
-        theirs = self._room(self.size * mine.size)
+    def _candidates(self) -> list[str]:
+        """Return the algorithms that could be the fastest here."""
+        if not self.compiled:
+            return ["mpi4py"]
+        if self.hosts == 1:
+            return ["shared"]
+        found = ["direct"]
+        if self.size > 2:
+            found += ["scatter", "doubling"]
+        if self.hosts < self.size:
+            found.append("two-level")
+        return found + (["mpi"] if self.payload == "f32" else [])
+
+    def _choose(self, sync: str) -> list[Choice]:
+        """Return the algorithm for each size: the named one, or the fastest of all that suit, by measurement."""
+        names, choices = ([sync] if sync != "auto" else self._candidates()), []
+        for rows, turns in _MEASURED_ROWS.items():
+            rows = min(rows, self.rows)
+            took = {name: self._time(name, rows, turns) for name in names}
+            medians = np.array([took[name] for name in names])
+            slowest = np.max(self.comm.allgather(medians), axis=0)  # the same on every rank
+            times = {name: float(t) for name, t in zip(names, slowest, strict=True)}
+            best = min(times, key=lambda name: times[name])
+            size = rows * self.row_blocks * PAYLOADS["f32" if best in ("mpi", "shared") else self.payload]
+            choices.append(Choice(rows, size, best, times))
+            if rows == self.rows:
+                break
+        return choices
+
+    def _time(self, name: str, rows: int, turns: int) -> float:
+        """Return the median microseconds of an exchange of so many tokens."""
+        self.use(name)
+        times, blocks = np.zeros(turns + 1, np.int64), rows * self.row_blocks
+        self.values[0, :rows] = 0
+        self.comm.Barrier()
+        x.time_exchange(self.link, x.way_for(self.link, blocks), self.values.ctypes.data, blocks, times)
+        return float(np.median(times[1:])) / 1e3
+
+    def _fill_ways(self) -> None:
+        pairs = [(c.tokens * self.row_blocks, self._way(c.way)) for c in self.choices]
+        pairs[-1] = (1 << 60, pairs[-1][1])
+        pairs += [pairs[-1]] * (x.WAY_PAIRS - len(pairs))
+        self.link[x.WAYS : x.WAYS + 2 * x.WAY_PAIRS] = np.array(pairs, np.int64).ravel()
+
+    def _way(self, name: str) -> int:
+        if self.compiled and name != "mpi":
+            return _WAYS["shared" if name == "two-level" and self.hosts == 1 else name]
+        self._set_callback(name)
+        return x.CALL
+
+    def _make_overlap(self) -> Overlap | None:
+        """Return the other thread, where exchanges of a prompt take long enough for it to pay."""
+        slow = max(self.choices[-1].microseconds.values(), default=0.0) >= _OVERLAP_MICROSECONDS
+        compiled = all(choice.way not in ("mpi", "shared") for choice in self.choices) and self.compiled
+        wanted = os.environ.get("DLLAMA_MPI_OVERLAP", "1") != "0"
+        possible = self.rows >= _OVERLAP_ROWS and compiled and slow and wanted and can_use_threads()
+        if not all(self.comm.allgather(possible)):  # ranks may differ in what they can, not in what they do
+            return None
+        return Overlap(self.link, self._array(2 + x.QUEUE * x.JOB_FIELDS, np.int64))
+
+    # ---- use
+
+    def use(self, name: str) -> None:
+        """Take one algorithm for every size. Every rank must do the same."""
+        self.link[x.WAYS : x.WAYS + 2 * x.WAY_PAIRS : 2] = 1 << 60
+        self.link[x.WAYS + 1 : x.WAYS + 2 * x.WAY_PAIRS : 2] = self._way(name)
+
+    def parts(self, tokens: int) -> np.ndarray:
+        """Return the bounds (parts + 1,) int64 of the parts that a step of so many tokens is computed in."""
+        if self._overlap is None or tokens < _OVERLAP_ROWS:
+            return np.array([0, tokens], np.int64)
+        return np.array([0, tokens // 2, tokens], np.int64)
+
+    @contextlib.contextmanager
+    def exchanging(self, parts: np.ndarray) -> Iterator[None]:
+        """Have the other thread carry out the exchanges within a block if there is more than one part."""
+        if self._overlap is None or len(parts) == 2:
+            yield
+            return
+        with self._overlap.working():
+            yield
+
+    def __call__(self, array: np.ndarray) -> None:
+        """Replace a contiguous float32 array of up to rows * width values by its sum over ranks."""
+        count, blocks = array.size, ceil_div(array.size, BLOCK)
+        flat, total = self.values[0].reshape(-1)[: blocks * BLOCK], np.empty(blocks * BLOCK, np.float32)
+        self.comm.Barrier()  # others may still be reading what stands in shared memory
+        flat[:count], flat[count:] = array.reshape(-1), 0
+        x.all_reduce(self.link, x.way_for(self.link, blocks), flat.ctypes.data, blocks, total.ctypes.data)
+        array.reshape(-1)[:] = total[:count]
+
+    def take_counts(self) -> tuple[float, int, int]:
+        """Return the seconds waited and bytes sent and received since the last call."""
+        link = self.link
+        counts = link[x.WAITED] / 1e9, int(link[x.SENT]), int(link[x.RECEIVED])
+        link[x.WAITED] = link[x.SENT] = link[x.RECEIVED] = 0
+        return counts
+
+    # ---- through mpi4py
+
+    def _set_callback(self, name: str) -> None:
+        operations = {"mpi": self._library, "direct": self._direct, "scatter": self._scatter, "mpi4py": self._either}
+        operation = operations[name]
+
+        def summed(address: int, blocks: int) -> int:
+            try:
+                values = np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (blocks, BLOCK))
+                operation(values)
+            except BaseException:  # nothing may pass through compiled code
+                traceback.print_exc()
+                sys.stderr.flush()
+                self.comm.Abort(1)
+            return 0
+
+        function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int64)(summed)
+        self._keep.append(function)
+        self.link[x.CALLBACK] = ctypes.cast(function, ctypes.c_void_p).value or 0
+
+    def _library(self, values: np.ndarray) -> None:
+        from mpi4py import MPI
+
+        self.comm.Allreduce(MPI.IN_PLACE, values)
+        self._count(2 * (self.size - 1) * values.nbytes // self.size)
+
+    def _either(self, values: np.ndarray) -> None:
+        size = len(values) * PAYLOADS[self.payload]
+        few = self.size == 2 or size * (self.size - 1) <= _DIRECT_BYTES or len(values) < self.size
+        (self._direct if few else self._scatter)(values)
+
+    def _direct(self, values: np.ndarray) -> None:
+        mine = self._encoded(values)
+        theirs = np.empty((self.size, *mine.shape), np.uint8)
         self.comm.Allgather(mine, theirs)
-        decode_sum(theirs.reshape(self.size, *mine.shape), values)
-        return int((self.size - 1) * mine.size)
+        decode_sum(theirs, values)
+        self._count((self.size - 1) * mine.size)
 
-    def _reduce_scatter(self, mine: np.ndarray, values: np.ndarray) -> int:
+    def _scatter(self, values: np.ndarray) -> None:
+        mine, width = self._encoded(values), PAYLOADS[self.payload]
         parts = cut(len(mine), [1.0] * self.size)
         first, last = parts[self.rank]
-        counts = [(stop - start) * self.width for start, stop in parts]
-        starts = [start * self.width for start, _ in parts]
+        counts, starts = [(b - a) * width for a, b in parts], [a * width for a, _ in parts]
         own = counts[self.rank]
-        theirs = self._room(max(self.size * own, mine.size))
-        pieces = theirs[: self.size * own]
-        self.comm.Alltoallv(
-            [mine, (counts, starts)], [pieces, ([own] * self.size, [own * r for r in range(self.size)])]
-        )
-        decode_sum(pieces.reshape(self.size, last - first, self.width), values[first:last])
+        pieces = np.empty((self.size, last - first, width), np.uint8)
+        places = ([own] * self.size, [own * r for r in range(self.size)])
+        self.comm.Alltoallv([mine, (counts, starts)], [pieces, places])
+        decode_sum(pieces, values[first:last])
         encode(values[first:last], mine[first:last])
-        gathered = theirs[: mine.size]
-        self.comm.Allgatherv(mine[first:last], [gathered, (counts, starts)])
-        decode_sum(gathered.reshape(1, *mine.shape), values)
-        return int(mine.size - own + own * (self.size - 1))
+        gathered = np.empty((1, *mine.shape), np.uint8)
+        self.comm.Allgatherv(mine[first:last].copy(), [gathered, (counts, starts)])
+        decode_sum(gathered, values)
+        self._count(mine.size - own + own * (self.size - 1))
+
+    def _encoded(self, values: np.ndarray) -> np.ndarray:
+        mine = np.empty((len(values), PAYLOADS[self.payload]), np.uint8)
+        encode(values, mine)
+        return mine
+
+    def _count(self, size: int) -> None:
+        self.link[x.SENT] += size
+        self.link[x.RECEIVED] += size

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ClusterError, DllamaError
-from .allreduce import AllReduce
+from ..kernels.exchange import FIELDS, SIZE
+from .allreduce import AllReduce, Choice
 from .launch import host_name, watch_exceptions, world
 from .line import Phase
 from .watchdog import watchdog
@@ -55,6 +56,8 @@ class TensorParallelGroup:
         self.local_ranks = [r for r, host in enumerate(self.hosts) if host == self.host]
         self.traffic = Traffic()
         self._reduce: AllReduce | None = None
+        self._link = np.zeros(FIELDS, np.int64)
+        self._link[SIZE] = self.size
         self._head = np.zeros(_HEAD, np.uint8)
         self.watchdog = watchdog()
         if self.comm is not None:
@@ -144,20 +147,64 @@ class TensorParallelGroup:
         self.traffic.received += length
         return kind, rest.tobytes()
 
-    def prepare_all_reduce(self, largest: int, payload: str) -> None:
-        """Make buffers for `all_reduce` of up to `largest` float32 values, sent as `payload` ("f32", "f16", "q80")."""
-        if self.comm is not None:
-            self._reduce = AllReduce(self.comm, largest, payload)
+    def prepare_all_reduce(self, rows: int, width: int, payload: str | None, sync: str) -> np.ndarray:
+        """Make ready for all-reduces of up to `rows` tokens x `width` values, and choose how they are done.
+
+        width: a multiple of 32. payload: "f32", "f16", "q80" or None, see `AllReduce`; sync: one of `SYNCS`.
+        Returns where compiled layers write the terms: (2, rows, width) float32 zeros.
+
+        Raises:
+            UsageError: sync does not suit these hosts; the same on every rank.
+        """
+        if self.comm is None:
+            self._reduce = None
+            return np.zeros((2, rows, width), np.float32)
+        self._reduce = AllReduce(self.comm, self.hosts, rows, width, payload, sync)
+        self._link = self._reduce.link
+        return self._reduce.values
+
+    @property
+    def link(self) -> np.ndarray:
+        """What compiled layers take for their all-reduces, see `kernels.exchange`."""
+        return self._link
+
+    @property
+    def choices(self) -> list[Choice]:
+        """How all-reduces are done, by size; empty with one rank."""
+        return self._reduce.choices if self._reduce is not None else []
+
+    @property
+    def payload(self) -> str:
+        """What all-reduces send between hosts."""
+        return self._reduce.payload if self._reduce is not None else "f32"
+
+    def parts(self, tokens: int) -> np.ndarray:
+        """Return the bounds (parts + 1,) int64 of the parts a step is computed in, so that exchanges overlap."""
+        return np.array([0, tokens], np.int64) if self._reduce is None else self._reduce.parts(tokens)
+
+    @contextlib.contextmanager
+    def exchanging(self, parts: np.ndarray) -> Iterator[None]:
+        """Have all-reduces carried out while a block computes layers in these parts, and count them at its end."""
+        if self._reduce is None:
+            yield
+            return
+        with self._reduce.exchanging(parts):
+            yield
+        self._count()
 
     def all_reduce(self, x: np.ndarray) -> None:
         """Replace x, contiguous float32 of any shape, by its sum over ranks; bit-identical on every rank."""
         if self._reduce is None:
             return
-        started = time.perf_counter()
-        moved = self._reduce(x)
-        self.traffic.seconds += time.perf_counter() - started
-        self.traffic.sent += moved
-        self.traffic.received += moved
+        self._reduce(x)
+        self._count()
+
+    def _count(self) -> None:
+        assert self._reduce is not None
+        seconds, sent, received = self._reduce.take_counts()
+        self.traffic.seconds += seconds
+        self.traffic.sent += sent
+        self.traffic.received += received
 
     def gather(self, x: np.ndarray) -> list[np.ndarray] | None:
         """Return every rank's array on the root (None elsewhere); shapes may differ in the last axis only.

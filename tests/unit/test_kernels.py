@@ -19,7 +19,8 @@ from dllama_mpi.errors import UsageError
 from dllama_mpi.kernels import elementwise, layers, runtime, sampling
 from dllama_mpi.kernels.attention import attention
 from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS
-from dllama_mpi.kernels.quantize import BF16_BITS, PLAIN, decode_sum, encode, pack_tiles, unpack_tiles, widen_rows
+from dllama_mpi.kernels.payload import PAYLOADS, decode_sum, encode
+from dllama_mpi.kernels.quantize import BF16_BITS, PLAIN, pack_tiles, unpack_tiles, widen_rows
 from dllama_mpi.model.kv_cache import KVCache
 from dllama_mpi.weights.tiles import aligned_empty
 from tests import naive
@@ -29,10 +30,12 @@ from tests.tiny_models import from_bfloat16
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17, 64)  # every remainder of the blocks of 8 that kernels work in
 SHAPES = ((1, 1), (16, 32), (3, 64), (17, 33), (40, 100), (163, 160))
 EMPTY = np.zeros(0, np.float32)
+NOTHING = np.zeros(4, np.int64)  # the source of no exchange
 NO_CODES = (np.zeros((0, 0), np.int8), np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int32))
 Q80 = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 every_format = pytest.mark.parametrize("fmt", FORMATS)
+every_payload = pytest.mark.parametrize("payload", PAYLOADS)
 
 
 def random(seed: int, *shape: int) -> Floats:
@@ -48,6 +51,13 @@ def uneven(seed: int, rows: int, cols: int) -> Floats:
     values[4::5] = 0
     values[::3, BLOCK : 2 * BLOCK] = 0
     return values
+
+
+def encoded(x: Floats, payload: str) -> Bytes:
+    """Return the payload of x (blocks, 32) by the kernel."""
+    out = np.full((len(x), PAYLOADS[payload]), 99, np.uint8)
+    encode(x, out)
+    return out
 
 
 def packed(matrix: Floats, fmt: str) -> Bytes:
@@ -338,12 +348,12 @@ def test_rms_norm(tokens: int, size: int) -> None:
         x[:, size:] = 0
         out = np.zeros_like(x)
         codes = q80_like(x)
-        elementwise.rms_norm(x, weight, eps, out, *codes)
+        layers.add_and_normalise(x, NOTHING, EMPTY, weight, eps, out, *codes)
         np.testing.assert_allclose(out[:, :size], naive.rms_norm(x[:, :size], weight, float(eps)), rtol=3e-6)
         assert not out[:, size:].any()
         assert_q80_of(out, codes)
         plain = np.full_like(x, 7)
-        elementwise.rms_norm(x, weight, eps, plain, *NO_CODES)
+        layers.add_and_normalise(x, NOTHING, EMPTY, weight, eps, plain, *NO_CODES)
         np.testing.assert_array_equal(plain[:, :size], out[:, :size])
         assert (plain[:, size:] == 7).all()
 
@@ -390,14 +400,30 @@ def test_gate_up(fmt: str, threads: int, tokens: int, rows: int, bias: bool) -> 
         assert_q80_of(inner, after)
 
 
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("ranks", [1, 2, 5])
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("bias", [0, 20, 32])
-def test_add(tokens: int, bias: int) -> None:
-    x, y, b = random(1, tokens, 32), random(2, tokens, 32), random(3, bias)
-    ref = x + y
+@pytest.mark.parametrize("bias", [0, 40])
+def test_add_and_normalise(tokens: int, bias: int, ranks: int, payload: str) -> None:
+    """The residual takes what each rank sent, in order, and the bias; its norm follows."""
+    x, b, weight, eps = random(1, tokens, 64), random(3, bias), random(4, 40), np.float32(1e-5)
+    x[:, 40:] = 0
+    parts = [random(10 + rank, tokens, 64) for rank in range(ranks)]
+    for part in parts:
+        part[:, 40:] = 0
+    payloads = np.stack([encoded(part.reshape(-1, 32), payload) for part in parts])
+    ref = x.copy()
+    for one in payloads:
+        ref = ref + naive.decode(one).reshape(x.shape)
     ref[:, :bias] += b
-    elementwise.add(x, y, b)
+    source = np.array([payloads.ctypes.data, ranks, payloads[0].nbytes, PAYLOADS[payload]], np.int64)
+    out, alone, codes = np.zeros_like(x), x.copy(), q80_like(x)
+    layers.add_and_normalise(x, source, b, weight, eps, out, *codes)
     np.testing.assert_array_equal(x, ref)
+    np.testing.assert_allclose(out[:, :40], naive.rms_norm(ref[:, :40], weight, float(eps)), rtol=3e-6)
+    assert_q80_of(out, codes)
+    layers.add_and_normalise(alone, source, b, EMPTY, eps, out, *NO_CODES)
+    np.testing.assert_array_equal(alone, ref)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 17])
@@ -624,16 +650,6 @@ def test_top_k(k: int) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # Payloads
 # --------------------------------------------------------------------------------------------------------------------
-
-PAYLOADS = {"f32": 128, "f16": 64, "q80": 34}
-every_payload = pytest.mark.parametrize("payload", PAYLOADS)
-
-
-def encoded(x: Floats, payload: str) -> Bytes:
-    """Return the payload of x (blocks, 32) by the kernel."""
-    out = np.full((len(x), PAYLOADS[payload]), 99, np.uint8)
-    encode(x, out)
-    return out
 
 
 @every_payload

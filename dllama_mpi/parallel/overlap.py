@@ -1,0 +1,49 @@
+"""A thread that carries out exchanges while the main thread computes."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..kernels import exchange as x
+
+_COUNTERS = slice(x.SENT, x.RECEIVED + 1), slice(x.TURNS, x.TURNS + x.PARTS)
+
+
+class Overlap:
+    """Works for one link, whose queue it brings along; sleeps between steps."""
+
+    def __init__(self, link: np.ndarray, queue: np.ndarray) -> None:
+        """Start the thread. queue: (2 + QUEUE * JOB_FIELDS,) int64 zeros that outlive it."""
+        self._link, self._queue = link, queue
+        link[x.JOBS] = queue.ctypes.data
+        self._begin, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._own = link.copy()
+        x.end_exchanges(link)  # compiled before the first prompt, so that no rank is late then
+        x.carry_out_exchanges(link, self._own)
+        threading.Thread(target=self._run, name="exchanges", daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            self._begin.acquire()
+            x.carry_out_exchanges(self._link, self._own)
+            self._done.release()
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Have started exchanges carried out by the thread within a block, at whose end all are done."""
+        link, own = self._link, self._own
+        own[:] = link
+        own[x.PATIENT], link[x.OVERLAPS] = 1, 1
+        self._begin.release()
+        try:
+            yield
+        finally:
+            x.end_exchanges(link)
+            self._done.acquire()
+            link[x.OVERLAPS] = 0
+            for counters in _COUNTERS:
+                link[counters] = own[counters]
