@@ -9,7 +9,9 @@ import numpy as np
 
 from ..parallel.group import TensorParallelGroup
 from ..parallel.line import Phase
+from ..parallel.star import measure_star
 from .candidates import Candidates, merge, whole
+from .ranks import reports
 from .runner import Runner
 from .sampler import choose, wanted
 from .scheduler import Plan, Scheduler
@@ -24,6 +26,7 @@ class Engine:
     def __init__(self, runner: Runner, group: TensorParallelGroup, vocab_size: int, slots: int, chunk: int) -> None:
         self.runner, self.group, self.vocab_size = runner, group, vocab_size
         self.scheduler = Scheduler(slots, chunk)
+        self.measures_links = False  # at the end of each call
 
     def run(self, sequences: list[Sequence], stats: Stats) -> Iterator[tuple[Sequence, int, str]]:
         """Generate until all sequences are finished; yield (sequence, token, finished text) for each token.
@@ -104,6 +107,9 @@ class Engine:
         return answers
 
     def times(self, stats: Stats) -> None:
-        """Ask every rank how long it waited, and put that into the statistics."""
-        self.group.send_command(Command.TIMES)
-        stats.rank_hosts, stats.rank_wait_seconds = self.group.hosts, self.group.allgather(self.group.traffic.seconds)
+        """Ask every rank what it did since the last time, and put that into the statistics."""
+        self.group.send_command(Command.TIMES, bytes([self.measures_links]))
+        times = self.group.allgather(self.runner.watch.report())
+        hosts = self.group.hosts
+        links = measure_star(self.group.comm, hosts) if self.measures_links else [None for _ in hosts]
+        stats.ranks = reports(hosts, times, links)
