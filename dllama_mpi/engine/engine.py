@@ -111,5 +111,4 @@ class Engine:
         self.group.send_command(Command.TIMES, bytes([self.measures_links]))
         times = self.group.allgather(self.runner.watch.report())
         hosts = self.group.hosts
-        links = measure_star(self.group.comm, hosts) if self.measures_links else [None for _ in hosts]
-        stats.ranks = reports(hosts, times, links)
+        stats.ranks = reports(hosts, times, measure_star(self.group.comm, hosts) if self.measures_links else None)

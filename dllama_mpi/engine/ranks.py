@@ -175,11 +175,14 @@ class RankReport:
 Link = tuple[float, float]  # seconds of latency, bytes a second
 
 
-def reports(hosts: list[str], times: list[RankTimes], links: list[Link | None]) -> list[RankReport]:
-    """Return the ranks' reports, the slowest with a remark if it holds the others back noticeably."""
+def reports(hosts: list[str], times: list[RankTimes], links: list[Link | None] | None) -> list[RankReport]:
+    """Return the ranks' reports, one of them with a remark: the one that the others waited for most.
+
+    links: each rank's with the root, if measured.
+    """
     slowest = max(range(len(times)), key=lambda r: times[r].compute_seconds) if len(times) > 1 else None
     table = []
-    for rank, (host, t, link) in enumerate(zip(hosts, times, links, strict=True)):
+    for rank, (host, t, link) in enumerate(zip(hosts, times, links or [None] * len(hosts), strict=True)):
         ours = sum(other.cpu_seconds for h, other in zip(hosts, times, strict=True) if h == host)
         capacity = max(t.seconds * t.processors, 1e-9)
         report = RankReport(
