@@ -8,7 +8,6 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,12 +73,9 @@ class Stopwatch:
         self._wait += wait
         self._compute += time.perf_counter() - self._step - wait
 
-    @contextlib.contextmanager
-    def gathering(self) -> Iterator[None]:
-        """Count a block within a step as waiting."""
-        started = time.perf_counter()
-        yield
-        self._gathering += time.perf_counter() - started
+    def gathered(self, seconds: float) -> None:
+        """Count some time within a step as waiting, beside its all-reduces."""
+        self._gathering += seconds
 
     def report(self) -> RankTimes:
         """Return the times since the last report, and begin anew."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from ..kernels.sampling import log_sum_exp
@@ -51,8 +53,10 @@ class Runner:
         return self._gather(local_best(self._logits, step.rows, self.first_id))
 
     def _gather(self, x: np.ndarray) -> list[np.ndarray] | None:
-        with self.watch.gathering():
-            return self.group.gather(x)
+        started = time.perf_counter()
+        gathered = self.group.gather(x)
+        self.watch.gathered(time.perf_counter() - started)
+        return gathered
 
     def full_logits(self) -> list[np.ndarray] | None:
         """Return all ranks' logits, penalties applied, of the last step's rows on the root; None elsewhere."""

@@ -90,10 +90,11 @@ def test_firmware_flags(text: str, flags: tuple[str, ...]) -> None:
 def test_the_stopwatch_parts_compute_from_wait() -> None:
     watch = Stopwatch(0.5)
     watch.start()
-    with watch.gathering():
-        sum(range(1000))
-    watch.stop(0.0)
+    sum(range(10000))
+    watch.gathered(1e-6)
+    watch.stop(2e-6)
     first, second = watch.report(), watch.report()
     assert first.share == 0.5
-    assert 0 < first.wait_seconds < first.wait_seconds + first.compute_seconds <= first.seconds
+    assert first.wait_seconds == pytest.approx(3e-6)
+    assert 0 < first.compute_seconds <= first.seconds
     assert second.compute_seconds == second.wait_seconds == 0
