@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         if group.is_root:
             template = ChatTemplate.load(llm.tokenizer, args.chat_template)
             params = sampling(args, llm.folder, None)
+    llm.engine.measures_links = args.stats
     terminal = Terminal(llm.cancel)
     with on_interrupt(terminal.interrupted if group.is_root else llm.cancel), llm.session() as leads:
         if leads:

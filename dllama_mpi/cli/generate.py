@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     llm = load(args, group)
     with group.together():
         params = sampling(args, llm.folder, DEFAULT_STEPS) if group.is_root else None
+    llm.engine.measures_links = args.stats
     stats, interrupted = Stats(), False
 
     def stop() -> None:

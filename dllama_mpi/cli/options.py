@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..parallel.watchdog import TIMEOUT
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
@@ -88,6 +89,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--bind", action="store_true", help="keep each rank and thread on cores of its own")
     group.add_argument("--split", metavar="A,B,...", help="the ranks' shares of the model, for unlike machines: 3,1,1")
     group.add_argument(
+        "--timeout",
+        type=number(float, 0),
+        default=TIMEOUT,
+        metavar="SECONDS",
+        help="end the job when a rank has been silent for this long: stopped, or cut off; a rank that died is"
+        f" noticed at once (default: {TIMEOUT:g}; 0: wait for ever)",
+    )
+    group.add_argument(
         "--prefill-chunk", type=number(int, 1), default=256, metavar="N", help="prompt tokens a step (default: 256)"
     )
 
@@ -155,7 +164,7 @@ def load(args: argparse.Namespace, group: TensorParallelGroup, max_batch: int = 
     """Build the model that the options describe."""
     from ..engine.llm import LLM
 
-    names = "tokenizer weights max_seq_len kv_type buffer_float_type sync nthreads split prefill_chunk bind"
+    names = "tokenizer weights max_seq_len kv_type buffer_float_type sync nthreads split prefill_chunk bind timeout"
     options = {name: getattr(args, name) for name in names.split()}
     options["speculate"] = getattr(args, "speculate", None)  # not every command generates text
     return LLM(args.model, group=group, quiet=False, max_batch=max_batch, **options)

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..parallel.group import TensorParallelGroup
+from ..parallel.line import Phase
+from ..parallel.star import measure_star
 from .candidates import Candidates, merge, whole
+from .ranks import reports
 from .runner import Runner
 from .sampler import choose, wanted
 from .scheduler import Plan, Scheduler
@@ -23,6 +26,7 @@ class Engine:
     def __init__(self, runner: Runner, group: TensorParallelGroup, vocab_size: int, slots: int, chunk: int) -> None:
         self.runner, self.group, self.vocab_size = runner, group, vocab_size
         self.scheduler = Scheduler(slots, chunk)
+        self.measures_links = False  # at the end of each call
 
     def run(self, sequences: list[Sequence], stats: Stats) -> Iterator[tuple[Sequence, int, str]]:
         """Generate until all sequences are finished; yield (sequence, token, finished text) for each token.
@@ -43,6 +47,7 @@ class Engine:
                     yield sequence, token, piece
         finally:
             self.scheduler.clear()
+            self.group.watchdog.tell(Phase.IDLE)
 
     def _step(self, plan: Plan, stats: Stats) -> list[tuple[Sequence, int, str]]:
         traffic, begun = self.group.traffic, time.perf_counter()
@@ -122,7 +127,9 @@ class Engine:
         return answers
 
     def times(self, stats: Stats) -> None:
-        """Ask every rank how long it waited, and put that into the statistics."""
-        self.group.send_command(Command.TIMES)
+        """Ask every rank what it did since the last time, and put that into the statistics."""
+        self.group.send_command(Command.TIMES, bytes([self.measures_links]))
         stats.payload, stats.sync = self.group.payload, self.group.choices
-        stats.rank_hosts, stats.rank_wait_seconds = self.group.hosts, self.group.allgather(self.group.traffic.seconds)
+        times = self.group.allgather(self.runner.watch.report())
+        hosts = self.group.hosts
+        stats.ranks = reports(hosts, times, measure_star(self.group.comm, hosts) if self.measures_links else None)

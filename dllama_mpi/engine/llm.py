@@ -28,7 +28,9 @@ from ..model.size import buffer_bytes, cache_bytes, weight_bytes
 from ..model.transformer import Transformer
 from ..parallel.allreduce import PAYLOADS, SYNCS
 from ..parallel.group import TensorParallelGroup, connect
+from ..parallel.line import Phase
 from ..parallel.partition import parse_split, shards
+from ..parallel.watchdog import LEAST_TIMEOUT, LONGEST_TIMEOUT, TIMEOUT
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
 from ..weights.checkpoint import Checkpoint
@@ -70,6 +72,7 @@ class Options:
         speculate: "lookup" drafts tokens from earlier occurrences of the last ones and checks several in a step; the
             text stays what it is. None or "off": one token a step.
         bind: keep each rank on cores of its own, and each of its threads on one.
+        timeout: seconds of silence after which a rank counts as lost and the job ends; 0: only a rank that died does.
         quiet: print nothing on stderr.
     """
 
@@ -86,6 +89,7 @@ class Options:
     tokenizer: str | None = None
     speculate: str | None = None
     bind: bool = False
+    timeout: float = TIMEOUT
     quiet: bool = True
 
     def check(self) -> None:
@@ -105,6 +109,9 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1")
+        if not (self.timeout == 0 or LEAST_TIMEOUT <= self.timeout <= LONGEST_TIMEOUT):
+            limits = f"from {LEAST_TIMEOUT:g} to {LONGEST_TIMEOUT:g} seconds"
+            raise UsageError(f"timeout is {self.timeout:g}; it must be {limits}, or 0 for none")
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,7 @@ class LLM:
         cores = self.group.allgather((self.group.host, runtime.usable_cores()))
         with self.group.together():
             o.check()
+            self.group.watchdog.timeout = o.timeout
             self.folder, self.config, source = open_model(o.model)
             self.format = FORMATS[o.weights or source.format_name or "q40"]
             c = self.config
@@ -169,6 +177,7 @@ class LLM:
         self._runner = Runner(self._model, self.group, o.max_batch, self.max_seq_len)
         self.engine = Engine(self._runner, self.group, c.vocab_size, o.max_batch, o.prefill_chunk)
         self._in_session = False
+        self.group.watchdog.tell(Phase.IDLE)
 
     # ---- setting up
 

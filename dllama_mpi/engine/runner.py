@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from ..kernels.sampling import log_sum_exp
 from ..model.transformer import HEAD_ROWS, Transformer
 from ..parallel.group import TensorParallelGroup
+from ..parallel.line import Phase
 from .candidates import local_best, penalise
+from .ranks import Stopwatch
 from .step import Step, Want
 
 
@@ -20,6 +24,8 @@ class Runner:
         # Every rank sees every token, so that penalties need no history sent.
         self._history = np.zeros((slots, positions), np.int32)
         self._logits = np.zeros((0, 0), np.float32)
+        first, stop = model.context.shard.intermediate
+        self.watch = Stopwatch((stop - first) / model.config.intermediate_size)
 
     def step(self, step: Step) -> list[np.ndarray] | None:
         """Carry out a step; return all ranks' answers on the root, None elsewhere.
@@ -27,7 +33,16 @@ class Runner:
         An answer is, by `step.want`: candidates, see `local_best`; logits (rows, the rank's ids) float32; or scores
         (rows, 2) float64, the log-sum-exp and the target's logit (-inf where another rank holds it).
         """
+        self.watch.start()
+        waited = self.group.traffic.seconds
+        answers = self._carry_out(step)
+        self.watch.stop(self.group.traffic.seconds - waited)
+        return answers
+
+    def _carry_out(self, step: Step) -> list[np.ndarray] | None:
         batch = step.batch
+        is_decode = step.want is Want.CANDIDATES and batch.tokens <= len(batch.logit_rows)
+        self.group.watchdog.tell(Phase.DECODE if is_decode else Phase.PREFILL)
         self._history[batch.slots, batch.positions] = batch.token_ids
         hidden = self.model.forward(batch)
         if not len(hidden):
@@ -35,7 +50,13 @@ class Runner:
         if step.want is not Want.CANDIDATES:
             return self._in_pieces(hidden, step)
         self._logits = self._prepared(hidden, step)
-        return self.group.gather(local_best(self._logits, step.rows, self.first_id))
+        return self._gather(local_best(self._logits, step.rows, self.first_id))
+
+    def _gather(self, x: np.ndarray) -> list[np.ndarray] | None:
+        started = time.perf_counter()
+        gathered = self.group.gather(x)
+        self.watch.gathered(time.perf_counter() - started)
+        return gathered
 
     def full_logits(self, row: int) -> list[np.ndarray] | None:
         """Return all ranks' logits, penalties applied, of one of the last step's rows on the root; None elsewhere."""
@@ -57,7 +78,7 @@ class Runner:
             logits = self.model.logits(hidden[i : i + HEAD_ROWS])
             if step.want is Want.SCORES:
                 logits = self._scores(logits, step.rows["target"][i : i + HEAD_ROWS])
-            gathered.append(self.group.gather(logits))
+            gathered.append(self._gather(logits))
         if not self.group.is_root:
             return None
         return [np.concatenate([piece[rank] for piece in gathered if piece]) for rank in range(self.group.size)]

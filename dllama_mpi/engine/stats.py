@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..parallel.allreduce import Choice
+from .ranks import RankReport, table_lines
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,7 @@ class Stats:
         prefill, decode: the steps of each phase; a step that feeds any prompt token counts as prefill.
         prompt_tokens, output_tokens: of all sequences.
         first_token_seconds: from the call to the first token.
-        rank_wait_seconds: for each rank, how long it waited in synchronisation. The one that waited least is the
-            slowest: the others waited for it.
+        ranks: what each rank did, the slowest with a remark.
         full_gathers: rows whose candidates did not cover what the sampler needed.
         payload, sync: what all-reduces send between hosts, and how they are done, by size.
         speculates: whether tokens were drafted where that seemed to pay.
@@ -46,8 +46,7 @@ class Stats:
     prompt_tokens: int = 0
     output_tokens: int = 0
     first_token_seconds: float | None = None
-    rank_hosts: list[str] = field(default_factory=list)
-    rank_wait_seconds: list[float] = field(default_factory=list)
+    ranks: list[RankReport] = field(default_factory=list)
     full_gathers: int = 0
     payload: str = "f32"
     sync: list[Choice] = field(default_factory=list)
@@ -81,9 +80,8 @@ class Stats:
 
     @property
     def slowest_rank(self) -> int | None:
-        """The rank that waited least; None with one rank."""
-        waits = self.rank_wait_seconds
-        return waits.index(min(waits)) if len(waits) > 1 else None
+        """The rank that the others waited for most; None with one rank."""
+        return next((report.rank for report in self.ranks if report.remark), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON-ready values, units in the keys."""
@@ -107,10 +105,7 @@ class Stats:
             "time_to_first_token_seconds": self.first_token_seconds,
             "prefill": phase(self.prefill),
             "decode": phase(self.decode),
-            "ranks": [
-                {"rank": rank, "host": host, "wait_ms": 1e3 * wait}
-                for rank, (host, wait) in enumerate(zip(self.rank_hosts, self.rank_wait_seconds, strict=True))
-            ],
+            "ranks": [report.to_dict() for report in self.ranks],
             "slowest_rank": self.slowest_rank,
             "full_gathers": self.full_gathers,
             "buffer_float_type": self.payload,
@@ -152,8 +147,4 @@ class Stats:
                 f"drafted {s['drafted']} tokens, accepted {s['accepted']}{share}"
                 + ("" if each is None else f"; {each:.2f} tokens a decode step")
             )
-        slowest = self.slowest_rank
-        if slowest is not None:
-            waits = ", ".join(f"{rank}: {1e3 * w:.1f} ms" for rank, w in enumerate(self.rank_wait_seconds))
-            lines.append(f"waited by rank: {waits}; slowest is rank {slowest} on {self.rank_hosts[slowest]}")
-        return lines
+        return lines + (table_lines(self.ranks) if self.ranks else [])

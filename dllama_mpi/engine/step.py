@@ -15,7 +15,7 @@ class Command(IntEnum):
 
     STEP = 1  # payload: a Step
     FULL_LOGITS = 2  # payload: an int32, the row of the last step whose logits are wanted, all of them
-    TIMES = 3  # send how long each rank waited
+    TIMES = 3  # send this rank's times; payload: whether its link with the root is measured then
     DONE = 4  # this call is over
     FAILED = 5  # payload: an error that every rank shall raise
 

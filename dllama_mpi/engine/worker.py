@@ -7,6 +7,7 @@ import pickle
 import numpy as np
 
 from ..parallel.group import TensorParallelGroup
+from ..parallel.star import measure_star
 from .runner import Runner
 from .step import Command, Step
 
@@ -24,7 +25,9 @@ def serve(runner: Runner, group: TensorParallelGroup) -> None:
         elif kind == Command.FULL_LOGITS:
             runner.full_logits(int(np.frombuffer(payload, np.int32)[0]))
         elif kind == Command.TIMES:
-            group.allgather(group.traffic.seconds)
+            group.allgather(runner.watch.report())
+            if payload[0]:
+                measure_star(group.comm, group.hosts)
         elif kind == Command.FAILED:
             error = pickle.loads(payload)
             error.agreed = True

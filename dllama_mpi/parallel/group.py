@@ -16,11 +16,14 @@ from ..errors import ClusterError, DllamaError
 from ..kernels.exchange import FIELDS, SIZE
 from .allreduce import AllReduce, Choice
 from .launch import host_name, watch_exceptions, world
+from .line import Phase
+from .watchdog import watchdog
 
 _HEAD = 512  # bytes of a command's first message; a decode step fits
 _HEADER = struct.Struct("<ii")  # kind, payload bytes
 _SPIN_SECONDS = 0.005  # a worker polls this long before it begins to sleep
-_LONGEST_SLEEP = 0.002
+_LONGEST_SLEEP = 0.01
+_SLEEP_SHARE = 0.1  # of the time waited so far: a short wait is never lengthened by much
 
 
 @dataclass
@@ -40,7 +43,7 @@ class TensorParallelGroup:
 
     Attributes:
         rank, size: this rank and their number. hosts: host name of each rank.
-        local_ranks: the ranks on this host, in order.
+        local_ranks: the ranks on this host, in order. watchdog: what notices ranks that are gone.
     """
 
     def __init__(self, comm: Any | None) -> None:
@@ -56,6 +59,9 @@ class TensorParallelGroup:
         self._link = np.zeros(FIELDS, np.int64)
         self._link[SIZE] = self.size
         self._head = np.zeros(_HEAD, np.uint8)
+        self.watchdog = watchdog()
+        if self.comm is not None:
+            self.watchdog.start(self.comm, self.hosts)
 
     @property
     def is_root(self) -> bool:
@@ -118,17 +124,20 @@ class TensorParallelGroup:
     def next_command(self) -> tuple[int, bytes]:
         """Wait for the root's next command and return (kind, payload). Workers only.
 
-        Polls, then sleeps ever longer (to 2 ms): an MPI library's own waiting would burn a core.
+        Polls, then sleeps ever longer (to 10 ms): an MPI library's own waiting would burn a core.
         """
         assert self.comm is not None
         request = self.comm.Ibcast(self._head, 0)
-        started, pause = time.perf_counter(), 0.0
+        started, is_idle = time.perf_counter(), False
         while not request.Test():
-            if time.perf_counter() - started < _SPIN_SECONDS:
+            waited = time.perf_counter() - started
+            if waited < _SPIN_SECONDS:
                 os.sched_yield()
-            else:
-                pause = min(_LONGEST_SLEEP, pause + 2e-5)
-                time.sleep(pause)
+                continue
+            if not is_idle:
+                is_idle = True
+                self.watchdog.tell(Phase.IDLE)
+            time.sleep(min(_LONGEST_SLEEP, waited * _SLEEP_SHARE))
         kind, length = _HEADER.unpack(self._head[: _HEADER.size].tobytes())
         self.traffic.received += _HEAD
         if length <= _HEAD - _HEADER.size:

@@ -10,6 +10,7 @@ import traceback
 from typing import Any
 
 from ..errors import ClusterError, DllamaError
+from .watchdog import LAST_WORDS_SECONDS, watchdog
 
 # (what started us, variable with the number of ranks, variable with this rank). The first that is set counts: inside
 # a Slurm step a launcher of its own may run, and then Slurm's numbers are those of its proxies.
@@ -18,9 +19,6 @@ _LAUNCHERS = (
     ("mpiexec (PMI)", "PMI_SIZE", "PMI_RANK"),
     ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
 )
-
-
-_LAST_WORDS_SECONDS = 0.3
 
 
 def launched() -> tuple[str, int, int] | None:
@@ -103,7 +101,8 @@ def leave(error: DllamaError) -> int:
 
 def _abort(comm: Any, status: int) -> None:
     """End the whole job, after a moment in which the launcher passes on what this rank has said."""
-    time.sleep(_LAST_WORDS_SECONDS)
+    watchdog().fail(status)
+    time.sleep(LAST_WORDS_SECONDS)
     comm.Abort(status)
 
 
@@ -111,6 +110,7 @@ def abandon(status: int) -> int:
     """End the whole job at once without a word, or return the status if this process is alone."""
     comm = _connected()
     if comm is not None:
+        watchdog().fail(status)
         comm.Abort(status)
     return status
 
@@ -135,7 +135,8 @@ def watch_exceptions(comm: Any | None) -> None:
     def hook(kind: type[BaseException], value: BaseException, trace: Any) -> None:
         if isinstance(value, DllamaError):
             status = leave(value)
-            if comm is not None:
+            watchdog().close()
+            if comm is not None and not sys.modules["mpi4py.MPI"].Is_finalized():
                 sys.modules["mpi4py.MPI"].Finalize()
             os._exit(status)  # the interpreter itself would end with status 1
         if comm is None or ranks == 1:

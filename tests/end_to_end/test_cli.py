@@ -54,7 +54,9 @@ def test_json_and_stats() -> None:
     assert stats["time_to_first_token_seconds"] > 0
     assert stats["decode"]["sent_kb"] > 0
     assert stats["slowest_rank"] in (0, 1)
-    assert len(stats["ranks"]) == 2
+    assert [rank["rank"] for rank in stats["ranks"]] == [0, 1]
+    assert all(rank["compute_ms"] > 0 and rank["wait_ms"] > 0 and rank["share"] == 0.5 for rank in stats["ranks"])
+    assert [bool(rank["remark"]) for rank in stats["ranks"]].count(True) == 1
     lines = done.stderr.splitlines()
     assert sum(line.strip().startswith("token") for line in lines) == 39
     assert any(line.strip().startswith("prompt x") for line in lines)

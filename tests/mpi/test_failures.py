@@ -89,6 +89,8 @@ def test_bad_model(mistake: str, ranks: int, tmp_path: Path) -> None:
         (["--prompt-file", "no/such/file"], ("no/such/file",)),
         (["--prompt", "x", "--tokenizer", "no/such/file"], ("no/such/file",)),
         (["--prompt", "x", "--temperature", "-1"], ("--temperature", "-1")),
+        (["--prompt", "x", "--timeout", "0.5"], ("timeout is 0.5", "from 1 to 86400 seconds")),
+        (["--prompt", "x", "--timeout", "soon"], ("--timeout", "not a number")),
         (["--prompt", "x", "--no-such-option"], ("--no-such-option",)),
         ([], ("--prompt",)),
         (["perplexity", "--file", "no/such/file"], ("no/such/file",)),
