@@ -71,10 +71,11 @@ class Choice:
 
     def describe(self) -> str:
         """Return the choice as a line for people."""
-        best, others = self.microseconds[self.way], {k: v for k, v in self.microseconds.items() if k != self.way}
-        tried = f" ({', '.join(f'{name} {time:.0f}' for name, time in others.items())})" if others else ""
+        took = {name: f"{value:.0f}" if value >= 10 else f"{value:.1f}" for name, value in self.microseconds.items()}
+        best = took.pop(self.way)
+        tried = f" ({', '.join(f'{name} {value}' for name, value in took.items())})" if took else ""
         what = "1 token" if self.tokens == 1 else f"{self.tokens} tokens"
-        return f"all-reduce of {what} ({self.bytes / 1e3:.1f} kB): {self.way}, {best:.0f} us{tried}"
+        return f"all-reduce of {what} ({self.bytes / 1e3:.1f} kB): {self.way}, {best} us{tried}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the choice as JSON-ready values."""

@@ -150,14 +150,14 @@ def test_unexpected_exception(failing: int, tmp_path: Path) -> None:
         f"""
         import time
         from dllama_mpi import LLM, SamplingParams
-        from dllama_mpi.model.mlp import MLP
+        from dllama_mpi.model.transformer import Transformer
         llm = LLM({str(model)!r}, nthreads=1)
         llm.generate([1, 2, 3], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
         if llm.group.rank == {failing}:
             def broken(*args):
                 open({str(tmp_path / "when")!r}, "w").write(repr(time.time()))
                 raise RuntimeError("a fault of the program")
-            MLP.__call__ = broken
+            Transformer.forward = broken
         llm.generate([1, 2, 3], SamplingParams(temperature=0, max_tokens=50, ignore_eos=True))
         """,
     )
