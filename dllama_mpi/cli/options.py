@@ -81,8 +81,25 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--bind", action="store_true", help="keep each rank and thread on cores of its own")
     group.add_argument("--split", metavar="A,B,...", help="the ranks' shares of the model, for unlike machines: 3,1,1")
+    add_cache_option(group)
+    group.add_argument(
+        "--cache-limit",
+        type=number(float, 0, above=True),
+        metavar="GB",
+        help="the most to keep there (default: 20, or half of what the disk has free)",
+    )
     group.add_argument(
         "--prefill-chunk", type=number(int, 1), default=256, metavar="N", help="prompt tokens a step (default: 256)"
+    )
+
+
+def add_cache_option(parser: argparse._ActionsContainer) -> None:
+    """Add where received weights are kept."""
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="where each host keeps weights that it received from rank 0, or none for memory alone"
+        " (default: ~/.cache/dllama_mpi/weights)",
     )
 
 
@@ -139,6 +156,7 @@ def load(args: argparse.Namespace, group: TensorParallelGroup, max_batch: int = 
     from ..engine.llm import LLM
 
     names = "tokenizer weights max_seq_len kv_type buffer_float_type nthreads split prefill_chunk bind"
+    names += " cache_dir cache_limit"
     options = {name: getattr(args, name) for name in names.split()}
     return LLM(args.model, group=group, quiet=False, max_batch=max_batch, **options)
 
