@@ -39,6 +39,12 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
     return parse
 
 
+def numbers(low: int) -> Callable[[str], list[int]]:
+    """Return an argparse type for whole numbers separated by commas, each at least `low`."""
+    one = number(int, low)
+    return lambda text: [one(part) for part in text.split(",")]
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what `LLM` takes."""
     group = parser.add_argument_group("model")

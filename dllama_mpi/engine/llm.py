@@ -31,7 +31,7 @@ from ..parallel.group import TensorParallelGroup, connect
 from ..parallel.partition import parse_split, shards
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
-from ..weights.cache import WeightCache, default_folder
+from ..weights.cache import WeightCache, folder_of
 from ..weights.checkpoint import Checkpoint
 from ..weights.random import RandomCheckpoint
 from ..weights.slices import Recipe, SliceCheckpoint
@@ -66,7 +66,7 @@ class Options:
         kv_type: "f16", "f32" or "q80"; None: f32 with f32 weights, else f16.
         split: the ranks' shares, such as "3,1,1"; None: equal.
         tokenizer: a tokenizer.json or a folder with one; None: the model's.
-        cache_dir: where a host keeps weights it received from rank 0; None: `weights.cache.default_folder`,
+        cache_dir: where a host keeps weights it received from rank 0; None: ~/.cache/dllama_mpi/weights,
             "none": nowhere. cache_limit: the most to keep there, GB; None: 20, or half of what the disk has free.
         bind: keep each rank on cores of its own, and each of its threads on one.
         quiet: print nothing on stderr.
@@ -202,11 +202,8 @@ class LLM:
         return config, recipe_of(opened, config, self.options.weights, self.group.size), opened
 
     def _weight_cache(self) -> WeightCache | None:
-        o = self.options
-        if o.cache_dir == "none":
-            return None
-        folder = default_folder() if o.cache_dir is None else Path(o.cache_dir).expanduser().absolute()
-        return WeightCache(folder, None if o.cache_limit is None else int(1e9 * o.cache_limit))
+        folder, limit = folder_of(self.options.cache_dir), self.options.cache_limit
+        return None if folder is None else WeightCache(folder, None if limit is None else int(1e9 * limit))
 
     def _positions(self, context: Context, tokens: int, more: int) -> int:
         """Return the positions of the KV cache for which there is memory; `more` bytes are needed otherwise."""

@@ -40,6 +40,13 @@ def default_folder() -> Path:
     return Path(base) / "dllama_mpi" / "weights"
 
 
+def folder_of(given: str | None) -> Path | None:
+    """Return the folder that --cache-dir means on this host: None for "none", the default one if not given."""
+    if given == "none":
+        return None
+    return default_folder() if given is None else Path(given).expanduser().absolute()
+
+
 @dataclass(frozen=True)
 class Kept:
     """An entry of a cache.

@@ -20,11 +20,13 @@ from pathlib import Path
 from ..errors import ClusterError, UsageError
 from ..kernels import runtime
 from ..kernels.layout import FORMATS, TileFormat
-from ..log import progress
+from ..log import progress, progress_bytes
 from ..parallel.group import TensorParallelGroup
+from ..parallel.stream import together_at_rest
 from .checkpoint import LAYOUT, LAYOUT_KEY, LINEAGE_KEY, TILES_KEY, Checkpoint
 from .files import HEAD, PIECE_BYTES, TABLE, Entry, File, Part, aligned, lay_out, read_piece
 from .partial import Partial, check_destination, sync, told
+from .slices import SliceReader
 from .tiles import check_shape
 
 _FILE_BYTES = 1 << 30  # a file is closed before it grows past this; one larger tensor makes a larger file
@@ -80,6 +82,58 @@ def convert(
         if group.is_root or not agreed:
             partial.remove(whole=agreed or group.size == 1)
         raise
+
+
+def convert_slices(
+    source: Checkpoint,
+    destination: Path,
+    fmt: TileFormat,
+    files: Mapping[str, File],
+    group: TensorParallelGroup,
+    show_progress: bool,
+) -> None:
+    """Write slices of `source` into the model directory `destination`, on the root alone. Collective.
+
+    Args:
+        destination: must not exist, or be empty; folders above it are made.
+        files: what is to be written, by name; see `slices.Recipe.file`.
+
+    Raises:
+        UsageError: the destination is in use, lies in the source, or cannot hold the files.
+        ModelError: a tensor cannot be read.
+    """
+    destination = Path(os.path.realpath(destination))
+    partial = Partial(destination)
+    with together_at_rest(group), told(destination):
+        if not group.is_root:
+            return
+        check_destination(Path(os.path.realpath(source.folder)), destination)
+        partial.create(sum(file.size for file in files.values()))
+        try:
+            _write_slices(source, fmt, files, partial.path, show_progress)
+            partial.finish(source.folder, {name: file.size for name, file in files.items()}, {})
+        except BaseException:
+            partial.remove(whole=True)
+            raise
+
+
+def _write_slices(
+    source: Checkpoint, fmt: TileFormat, files: Mapping[str, File], folder: Path, show_progress: bool
+) -> None:
+    def work() -> Iterator[int]:
+        for name, file in files.items():
+            reader = SliceReader(source, fmt, file)
+            with (folder / name).open("xb") as out:
+                out.write(file.header)
+                for index in range(len(file.entries)):
+                    for _, _, data in reader.read(index):
+                        out.write(data.data)
+                        yield len(data)
+                sync(out)
+
+    total = sum(file.size - len(file.header) for file in files.values())
+    for _ in progress_bytes(work(), "writing slices", show_progress, total):
+        pass
 
 
 def _index(files: list[File]) -> dict[str, bytes]:
