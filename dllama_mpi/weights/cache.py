@@ -92,7 +92,7 @@ class WeightCache:
         """
         for path in self._files():
             if path.name.endswith(f"-{key}{_SUFFIX}"):
-                handle = _lock(path, fcntl.LOCK_SH)
+                held = _lock_shared(path)
                 try:
                     found = SliceCheckpoint(path)
                 except ModelError:
@@ -101,7 +101,7 @@ class WeightCache:
                 if found.key == key:
                     with contextlib.suppress(OSError):
                         os.utime(path)
-                    found.keep = handle
+                    found.keep = held
                     return found
         return None
 
@@ -206,7 +206,7 @@ class SliceWriter:
         except OSError as error:
             raise _refused(self._path.parent, error) from None
         found = SliceCheckpoint(self._path)
-        found.keep = self._out  # and with it the lock
+        found.keep = _Held(self._out)  # and with it the lock
         return found
 
     def discard(self) -> None:
@@ -248,12 +248,22 @@ def _described(path: Path) -> tuple[str, str, str]:
     return found.model, found.format_name or "", found.about
 
 
-def _lock(path: Path, kind: int) -> object:
-    """Return an open file with a lock, or without one where that is not to be had."""
-    handle = path.open("rb")
+class _Held:
+    """An open file, and its lock, for as long as somebody keeps this."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def __del__(self) -> None:
+        self._file.close()
+
+
+def _lock_shared(path: Path) -> _Held:
+    """Open a file and lock it against removal, or without a lock where that is not to be had."""
+    file = path.open("rb")
     with contextlib.suppress(OSError):
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    return handle
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return _Held(file)
 
 
 def _is_young(entry: Kept) -> bool:

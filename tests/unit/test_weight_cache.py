@@ -140,9 +140,9 @@ def test_default_limit_is_half_of_the_disk_or_20_gb(
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(10**15, 0, 10**15))
     monkeypatch.setattr(module, "DEFAULT_LIMIT", 2 * size)
     fill(cache, made, "2")
-    age(cache.folder / "name-2.safetensors", 100)
+    age(cache.folder / "name-1.safetensors", 100)
     fill(cache, made, "3")
-    assert names(cache) == ["1", "3"] or names(cache) == ["2", "3"]
+    assert names(cache) == ["2", "3"]
 
 
 def test_nothing_half_written_is_found(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,5 +207,5 @@ def test_a_folder_that_cannot_be_written(made: Made, tmp_path: Path, monkeypatch
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(UsageError, match="--cache-dir .*: Permission denied; give one of your own"):
+    with pytest.raises(UsageError, match=r"--cache-dir .*: Permission denied; give one of your own"):
         cache.clear()
