@@ -110,9 +110,11 @@ class Placement:
         self._sink: SliceWriter | SliceInMemory | None = None
         self.source: Checkpoint | None = None
         self.origin = Origin(READ)
+        self.origins: list[Origin] = []
+        self._notes: list[str] = []
         with group.together():
             self._look(opened)
-        self.origins: list[Origin] = group.allgather(self.origin)
+        self._share(self.origin)
 
     def __enter__(self) -> Placement:
         return self
@@ -121,6 +123,16 @@ class Placement:
         if self._sink is not None:
             self._sink.discard()
             self._sink = None
+
+    def _share(self, origin: Origin) -> None:
+        """Tell all ranks where this one's weights come from, and the root what is to be said of it. Collective."""
+        seen = self._group.allgather((origin, self._notes))
+        self._notes = []
+        self.origins = [each for each, _ in seen]
+        if self._group.is_root and not self._quiet:
+            for rank, (_, notes) in enumerate(seen):
+                for note in notes:
+                    warn(f"rank {rank} on {self._group.hosts[rank]}: {note}")
 
     # ---- looking
 
@@ -173,13 +185,13 @@ class Placement:
             try:
                 self.source = self._cache.find(self._key)
             except ModelError as error:
-                self._warn(f"{error}; it is received anew")
+                self._notes.append(f"{error}; it is received anew")
         if self.source is not None:
             self.origin = Origin(CACHE)
         elif self._recipe.dtypes is not None:
             self._ask()
             if problem:
-                self._warn(f"{problem}; the weights are received from rank 0")
+                self._notes.append(f"{problem}; the weights are received from rank 0")
         else:
             raise ModelError(
                 problem
@@ -197,14 +209,10 @@ class Placement:
                 self.origin = Origin(RECEIVED, file.size)
                 return
             except NoRoom as error:
-                self._warn(f"no room in the cache ({error}); the weights are kept in memory alone")
+                self._notes.append(f"no room in the cache ({error}); the weights are kept in memory alone")
         self._sink = SliceInMemory(file, self._recipe)
         table = next(entry.size for entry in file.entries if entry.name == TABLE)
         self.origin = Origin(RECEIVED, file.size, table)
-
-    def _warn(self, line: str) -> None:
-        if not self._quiet:
-            warn(f"rank {self._group.rank} on {self._group.host}: {line}")
 
     # ---- fetching
 
@@ -227,7 +235,7 @@ class Placement:
                         self._replace(error, attempt)
             if all(self._group.allgather(built is not None)):
                 break
-            self.origins = self._group.allgather(self.origin if built is None else replace(self.origin, received=0))
+            self._share(self.origin if built is None else replace(self.origin, received=0))
         assert built is not None
         self._tell(time.perf_counter() - started)
         return built
@@ -254,7 +262,7 @@ class Placement:
         """Give up a damaged slice and ask for another, or raise the error if that cannot help."""
         if attempt or self._group.is_root or self._recipe.dtypes is None:
             raise error
-        self._warn(f"{error}; it is received anew")
+        self._notes.append(f"{error}; it is received anew")
         if self.origin.how != SLICE and isinstance(self.source, SliceCheckpoint):
             remove(self.source.path)
         self.source = None

@@ -35,7 +35,7 @@ from dllama_mpi.weights.slices import (
 from dllama_mpi.weights.tiles import TileMatrix, load_matrix, load_vector
 from tests.tiny_models import CASES, write_model
 
-SPLITS = ((1.0,), (1.0, 1.0), (1.0, 5.0, 2.0))
+SPLITS = ((1.0,), (1.0, 5.0, 2.0))
 
 
 def cut(config: ModelConfig, split: tuple[float, ...]) -> list[Shard]:
@@ -103,8 +103,7 @@ def made(tmp_path: Path) -> Made:
 # ---- what is held
 
 
-@pytest.mark.parametrize("weights", ["q40", "f16"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "weights"), [*((case, "q40") for case in CASES), ("qwen2", "f16"), ("qwen2", "f32")])
 def test_a_model_loads_the_same_from_its_slice(case: str, weights: str, tmp_path: Path) -> None:
     """The slice holds exactly what the layers ask for, whatever the architecture and the split."""
     source, config = Checkpoint(write_model(CASES[case], tmp_path)), ModelConfig.load(tmp_path)
@@ -118,8 +117,7 @@ def test_a_model_loads_the_same_from_its_slice(case: str, weights: str, tmp_path
                 model = Transformer(found, config, context)
                 pairs = list(zip(held(expected), held(model), strict=True))
                 assert len(pairs) > 7 * config.num_layers
-                for one, other in pairs:
-                    np.testing.assert_array_equal(one, other)
+                assert all(np.array_equal(one, other) for one, other in pairs)
                 rows = np.arange(config.vocab_size, dtype=np.int32)
                 one, other = (np.zeros((len(rows), config.hidden_size), np.float32) for _ in range(2))
                 expected.embedding(rows, one)
