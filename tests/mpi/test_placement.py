@@ -77,7 +77,7 @@ def convert(*args: str) -> None:
 @pytest.mark.parametrize(
     ("case", "weights", "split"),
     [("llama3_gqa", "q40", None), ("llama32_tied", "f16", None), ("llama_bias", "q80", "3,1,2"),
-     ("qwen3_bf16", "q40", "1,2,1"), ("llama_heads7", "f32", None)],
+     ("qwen3_bf16", "q40", "1,2,1"), ("llama_heads7", "q40", None)],
 )  # fmt: skip
 def test_received_weights_are_those_of_the_files(
     case: str, weights: str, split: str | None, hosts: Callable[..., list[Path]]
