@@ -27,3 +27,17 @@ def progress(items: Iterable[T], what: str, show: bool, total: int | None = None
         items, desc=what, total=total, disable=not (show and sys.stderr.isatty()), leave=False, file=sys.stderr
     )
     yield from bar
+
+
+def progress_bytes(sizes: Iterable[int], what: str, show: bool, total: int) -> Iterator[int]:
+    """Yield numbers of bytes while a bar on stderr adds them up, if `show` and stderr is a terminal."""
+    from tqdm import tqdm
+
+    bar: Any = tqdm(
+        desc=what, total=total, disable=not (show and sys.stderr.isatty()), leave=False, file=sys.stderr,
+        unit="B", unit_scale=True,
+    )  # fmt: skip
+    with bar:
+        for size in sizes:
+            yield size
+            bar.update(size)

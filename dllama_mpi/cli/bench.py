@@ -12,19 +12,13 @@ from typing import Any
 from ..errors import UsageError
 from ..log import progress
 from ..model.shapes import SHAPES
-from .options import add_model_options, load, number
+from .options import add_model_options, load, number, numbers
 
 PROMPT, GENERATED = 512, 128
 
 
-def _numbers(low: int) -> Callable[[str], list[int]]:
-    """Return an argparse type for whole numbers separated by commas, each at least `low`."""
-    one = number(int, low)
-    return lambda text: [one(part) for part in text.split(",")]
-
-
 def _pair(text: str) -> tuple[int, int]:
-    values = _numbers(1)(text)
+    values = numbers(1)(text)
     if len(values) != 2:
         raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, such as 512,128")
     return values[0], values[1]
@@ -40,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         (("-d", "--depth"), 0, "tokens in the KV cache before the measuring begins (default: 0)"),
     ]
     for names, low, text in lists:
-        group.add_argument(*names, type=_numbers(low), action="extend", metavar="N", help=text)
+        group.add_argument(*names, type=numbers(low), action="extend", metavar="N", help=text)
     group.add_argument(
         "-pg", type=_pair, action="append", default=[], metavar="P,N", help="a prompt and generation after it"
     )

@@ -41,6 +41,12 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
     return parse
 
 
+def numbers(low: int) -> Callable[[str], list[int]]:
+    """Return an argparse type for whole numbers separated by commas, each at least `low`."""
+    one = number(int, low)
+    return lambda text: [one(part) for part in text.split(",")]
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what `LLM` takes."""
     group = parser.add_argument_group("model")
@@ -88,6 +94,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--bind", action="store_true", help="keep each rank and thread on cores of its own")
     group.add_argument("--split", metavar="A,B,...", help="the ranks' shares of the model, for unlike machines: 3,1,1")
+    add_cache_option(group)
+    group.add_argument(
+        "--cache-limit",
+        type=number(float, 0, above=True),
+        metavar="GB",
+        help="the most to keep there (default: 20, or half of what the disk has free)",
+    )
     group.add_argument(
         "--timeout",
         type=number(float, 0),
@@ -109,6 +122,16 @@ def add_speculation_option(parser: argparse.ArgumentParser) -> None:
         default="off",
         help="lookup: draft what followed the last tokens when they occurred before, and check several tokens in one"
         " step; the same text in fewer steps where it repeats the prompt or itself (default: off)",
+    )
+
+
+def add_cache_option(parser: argparse._ActionsContainer) -> None:
+    """Add where received weights are kept."""
+    parser.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="where each host keeps weights that it received from rank 0, or none for memory alone"
+        " (default: ~/.cache/dllama_mpi/weights)",
     )
 
 
@@ -165,6 +188,7 @@ def load(args: argparse.Namespace, group: TensorParallelGroup, max_batch: int = 
     from ..engine.llm import LLM
 
     names = "tokenizer weights max_seq_len kv_type buffer_float_type sync nthreads split prefill_chunk bind timeout"
+    names += " cache_dir cache_limit"
     options = {name: getattr(args, name) for name in names.split()}
     options["speculate"] = getattr(args, "speculate", None)  # not every command generates text
     return LLM(args.model, group=group, quiet=False, max_batch=max_batch, **options)

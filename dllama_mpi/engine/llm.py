@@ -14,7 +14,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from ..errors import ClusterError, DllamaError, ModelError, RequestError, UsageError
+from ..errors import DllamaError, ModelError, RequestError, UsageError
 from ..kernels import runtime
 from ..kernels.layout import BLOCK, FORMATS, ceil_to
 from ..log import progress, say
@@ -33,11 +33,14 @@ from ..parallel.partition import parse_split, shards
 from ..parallel.watchdog import LEAST_TIMEOUT, LONGEST_TIMEOUT, TIMEOUT
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
+from ..weights.cache import WeightCache, folder_of
 from ..weights.checkpoint import Checkpoint
 from ..weights.random import RandomCheckpoint
+from ..weights.slices import Recipe, SliceCheckpoint
 from .engine import Engine
 from .lookup import MOST_DRAFTS, Lookup
 from .memory import Need, available_bytes, fitting_positions
+from .placement import Placement, open_folder, recipe_of
 from .runner import Runner
 from .scheduler import Plan
 from .sequence import SamplingParams
@@ -71,6 +74,8 @@ class Options:
         tokenizer: a tokenizer.json or a folder with one; None: the model's.
         speculate: "lookup" drafts tokens from earlier occurrences of the last ones and checks several in a step; the
             text stays what it is. None or "off": one token a step.
+        cache_dir: where a host keeps weights it received from rank 0; None: ~/.cache/dllama_mpi/weights,
+            "none": nowhere. cache_limit: the most to keep there, GB; None: 20, or half of what the disk has free.
         bind: keep each rank on cores of its own, and each of its threads on one.
         timeout: seconds of silence after which a rank counts as lost and the job ends; 0: only a rank that died does.
         quiet: print nothing on stderr.
@@ -88,6 +93,8 @@ class Options:
     split: str | None = None
     tokenizer: str | None = None
     speculate: str | None = None
+    cache_dir: str | None = None
+    cache_limit: float | None = None
     bind: bool = False
     timeout: float = TIMEOUT
     quiet: bool = True
@@ -105,6 +112,8 @@ class Options:
             value = getattr(self, name)
             if value not in allowed and not (value is None and name != "sync"):
                 raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        if self.cache_limit is not None and not self.cache_limit > 0:
+            raise UsageError(f"cache_limit is {self.cache_limit}; it must be above 0")
         for name in ("nthreads", "max_seq_len", "max_batch", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -148,28 +157,39 @@ class LLM:
         self.options = self.group.broadcast(self.options)
         o = self.options
         cores = self.group.allgather((self.group.host, runtime.usable_cores()))
+        self.folder = model_folder(o.model)
         with self.group.together():
             o.check()
             self.group.watchdog.timeout = o.timeout
-            self.folder, self.config, source = open_model(o.model)
-            self.format = FORMATS[o.weights or source.format_name or "q40"]
-            c = self.config
+            opened = self._open() if self.group.is_root or o.model.startswith(RANDOM) else None
+            self._tokenizer: Tokenizer | None = self._load_tokenizer() if self.group.is_root else None
+        self.config: ModelConfig
+        recipe: Recipe
+        self.config, recipe = self.group.broadcast(opened[:2] if opened is not None else None)
+        c, self.format = self.config, recipe.format
+        with self.group.together():
             parts = shards(
                 c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size, parse_split(o.split, self.group.size)
             )
             self.threads = self._threads(cores)
-            self._tokenizer: Tokenizer | None = self._load_tokenizer() if self.group.is_root else None
-        self._compare_files(source)
         if self.group.is_root and not o.quiet and runtime.is_cold():
             say(f"compiling kernels for {runtime.describe()}; this takes about 20 seconds and is done once")
         self.kv_type = o.kv_type or ("f32" if self.format.name == "f32" else "f16")
         context = Context(self.group, parts[self.group.rank], self.format, self.threads)
         self.speculates = o.speculate == "lookup"
         tokens = o.prefill_chunk + o.max_batch * (1 + MOST_DRAFTS * self.speculates)
-        self.max_seq_len = self._positions(context, tokens)
-        with self.group.together():
-            show = self.group.is_root and not o.quiet
-            self._model = Transformer(source, c, context, lambda layers: progress(layers, "loading", show))
+        show = self.group.is_root and not o.quiet
+
+        def build(source: Checkpoint) -> Transformer:
+            return Transformer(source, c, context, lambda layers: progress(layers, "loading", show))
+
+        source = opened[2] if opened is not None else None
+        with Placement(
+            self.group, self.folder, source, c, recipe, parts, o.split, self._weight_cache(), o.quiet
+        ) as placement:
+            self.max_seq_len = self._positions(context, tokens, placement.origin.in_memory)
+            self._model = placement.load(build)
+            self.origins = placement.origins
         width = ceil_to(c.hidden_size, BLOCK)
         partial = self.group.prepare_all_reduce(tokens, width, o.buffer_float_type, o.sync)
         with self.group.together():
@@ -200,20 +220,21 @@ class LLM:
             return None  # token ids alone need none
         return Tokenizer.load(self.folder, Path(given) if given is not None else None)
 
-    def _compare_files(self, source: Checkpoint) -> None:
-        seen = self.group.allgather((source.fingerprint(), self.config))
-        for rank, other in enumerate(seen):
-            if other != seen[0]:
-                error = ClusterError(
-                    f"rank {rank} on {self.group.hosts[rank]} sees other model files than rank 0 on"
-                    f" {self.group.hosts[0]} under {self.folder}; copy the same files to every host"
-                )
-                self.group.agree(error)
+    def _open(self) -> tuple[ModelConfig, Recipe, Checkpoint | list[SliceCheckpoint]]:
+        """Return the config, what slices are made of, and what has been opened."""
+        _, config, opened = open_model(self.options.model)
+        return config, recipe_of(opened, config, self.options.weights, self.group.size), opened
 
-    def _positions(self, context: Context, tokens: int) -> int:
+    def _weight_cache(self) -> WeightCache | None:
+        folder, limit = folder_of(self.options.cache_dir), self.options.cache_limit
+        return None if folder is None else WeightCache(folder, None if limit is None else int(1e9 * limit))
+
+    def _positions(self, context: Context, tokens: int, more: int) -> int:
+        """Return the positions of the KV cache for which there is memory; `more` bytes are needed otherwise."""
         o, c = self.options, self.config
         wanted = o.max_seq_len or c.max_position_embeddings
-        fixed = weight_bytes(c, context.shard, self.format) + buffer_bytes(c, context.shard, tokens, self.group.size)
+        fixed = weight_bytes(c, context.shard, self.format) + more
+        fixed += buffer_bytes(c, context.shard, tokens, self.group.size)
         each = cache_bytes(c, context.shard, self.kv_type) * o.max_batch
         needs = self.group.allgather(Need(self.group.host, fixed, each, available_bytes()))
         with self.group.together():
@@ -402,8 +423,8 @@ def model_folder(model: str) -> Path:
     return DEMO if model == "demo" and not Path(model).is_dir() else Path(model).expanduser()
 
 
-def open_model(model: str) -> tuple[Path, ModelConfig, Checkpoint]:
-    """Return the folder, config and weights of a model given by path, "demo" or "random:SHAPE".
+def open_model(model: str) -> tuple[Path, ModelConfig, Checkpoint | list[SliceCheckpoint]]:
+    """Return the folder, config and weights, or slices of them, of a model given by path, "demo" or "random:SHAPE".
 
     A random one, of a shape in `SHAPES`, has no folder, no tokenizer and no files.
 
@@ -417,9 +438,10 @@ def open_model(model: str) -> tuple[Path, ModelConfig, Checkpoint]:
             del matrices["lm_head.weight"]
         return Path(model), config, RandomCheckpoint(model, matrices, vector_shapes(config), table)
     folder = model_folder(model)
-    config, source = ModelConfig.load(folder), Checkpoint(folder)
-    check_files(source, config)
-    return folder, config, source
+    config, opened = ModelConfig.load(folder), open_folder(folder)
+    if isinstance(opened, Checkpoint):
+        check_files(opened, config)
+    return folder, config, opened
 
 
 def declared_stop_ids(folder: Path) -> list[int]:

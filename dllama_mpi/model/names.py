@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from ..kernels.layout import FORMATS
+from ..kernels.layout import BLOCK, FORMATS, ceil_to
+from ..parallel.partition import Shard
 from ..weights.checkpoint import Checkpoint
+from ..weights.files import Part
 from ..weights.tiles import check_shape
 from .config import ModelConfig
 
@@ -66,3 +68,34 @@ def _layer_linears(c: ModelConfig) -> dict[str, tuple[tuple[int, int], bool]]:
         "mlp.up_proj": ((inner, hidden), c.mlp_bias),
         "mlp.down_proj": ((hidden, inner), c.mlp_bias),
     }
+
+
+def slice_parts(config: ModelConfig, shard: Shard) -> dict[str, Part]:
+    """Return which parts of its matrices and vectors a rank loads, in the order of `matrix_shapes`, vectors last.
+
+    What `Attention`, `MLP` and `ParallelLMHead` ask a checkpoint for: a slice file holds these.
+    """
+    dim = config.head_dim
+    queries, keys = _times(shard.heads, dim), _times(shard.kv_heads, dim)
+    blocks = (queries[0] // BLOCK * BLOCK, min(ceil_to(queries[1], BLOCK), config.num_heads * dim))
+    rows = {"q": queries, "k": keys, "v": keys, "gate": shard.intermediate, "up": shard.intermediate}
+    cols = {"o": blocks, "down": shard.intermediate}
+
+    def part(name: str, shape: tuple[int, ...]) -> Part:
+        kind = name.split(".")[-2].removesuffix("_proj")
+        ranges = [(0, size) for size in shape]
+        if kind == "lm_head":
+            ranges[0] = shard.vocab
+        elif kind in rows:
+            ranges[0] = rows[kind]
+        elif kind in cols and len(shape) == 2:  # the bias of a layer cut by columns is added whole
+            ranges[1] = cols[kind]
+        return Part(shape, tuple(ranges))
+
+    shapes: dict[str, tuple[int, ...]] = {**matrix_shapes(config)}
+    shapes |= {name: (size,) for name, size in vector_shapes(config).items()}
+    return {name: part(name, shape) for name, shape in shapes.items()}
+
+
+def _times(heads: tuple[int, int], dim: int) -> tuple[int, int]:
+    return heads[0] * dim, heads[1] * dim

@@ -8,8 +8,10 @@ touched, and lets ranks on one host share the page cache.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import mmap
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +23,12 @@ from safetensors import SafetensorError, safe_open
 from ..errors import ModelError
 from ..kernels.layout import TileFormat
 
-_DTYPES = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16, "U8": np.uint8}
+_DTYPES = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
 TILES_KEY = "dllama_mpi.weights"  # in a file's metadata: the tile format of its matrices
 LAYOUT_KEY, LAYOUT = "dllama_mpi.layout", "1"
+LINEAGE_KEY = "dllama_mpi.lineage"  # what the file was made from, see `Checkpoint.lineage`
+
+_SAMPLE_BYTES = 4096  # of each tensor that go into a fingerprint: what is read at once from a disk anyway
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,11 @@ class Tensor:
     name: str
     dtype: str
     data: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole tensor, of which `data` may be a part."""
+        return self.data.shape
 
     @property
     def is_tiles(self) -> bool:
@@ -68,10 +78,11 @@ class Checkpoint:
 
     Attributes:
         format_name: the tile format of a converted directory ("q40", ...), None for one as published.
+        metadata: what the last file's header says beside the tensors.
     """
 
-    def __init__(self, folder: Path) -> None:
-        """Open every file and check its header.
+    def __init__(self, folder: Path, files: list[Path] | None = None) -> None:
+        """Open every file, or only those given, and check its header.
 
         Raises:
             ModelError: no safetensors, a missing shard, or a truncated or corrupt file.
@@ -80,14 +91,16 @@ class Checkpoint:
         self._tensors: dict[str, tuple[Path, dict[str, Any], int]] = {}
         self._maps: dict[Path, np.ndarray] = {}
         self._digest = hashlib.sha256()
+        self._fingerprint = ""
         self.format_name: str | None = None
-        for path in _files(folder):
+        self.metadata: dict[str, str] = {}
+        for path in _files(folder) if files is None else files:
             self._open(path)
 
     def _open(self, path: Path) -> None:
         try:
             with safe_open(path, framework="numpy") as opened:  # the library checks lengths, offsets and coverage
-                metadata = opened.metadata() or {}
+                self.metadata = metadata = opened.metadata() or {}
         except FileNotFoundError:
             raise ModelError(f"{path}: the index names this file, but it is missing; download it again") from None
         except (SafetensorError, OSError, ValueError) as error:
@@ -145,8 +158,31 @@ class Checkpoint:
             mapped.madvise(mmap.MADV_DONTNEED, start, length)
 
     def fingerprint(self) -> str:
-        """Return a digest of the files' names, sizes and headers: what ranks compare to see that they read the same."""
-        return self._digest.hexdigest()
+        """Return a digest of the files' names, sizes and headers and of 4 KB from the middle of each tensor.
+
+        A model that was trained on has other values in the same places: the headers alone would not tell.
+        """
+        if not self._fingerprint:
+            places = sorted((path, base, *entry["data_offsets"]) for path, entry, base in self._tensors.values())
+            for path, tensors in itertools.groupby(places, lambda place: place[0]):
+                with path.open("rb", buffering=0) as file:
+                    for _, base, start, stop in tensors:
+                        size = min(_SAMPLE_BYTES, stop - start)
+                        self._digest.update(os.pread(file.fileno(), size, base + (start + stop - size) // 2))
+            self._fingerprint = self._digest.hexdigest()
+        return self._fingerprint
+
+    def lineage(self, fmt: TileFormat) -> str:
+        """Return what the matrices have been made from and by which steps once they are tiles of a format.
+
+        The fingerprint of a model's files as published, and each format that the values went through: where this is
+        the same, so are the tiles. "7f83b1...>q40" stands for a published model loaded as q40, for its conversion to
+        q40, and for a rank's slice of either.
+        """
+        line = self.metadata.get(LINEAGE_KEY)
+        if line is None:
+            line = self.fingerprint() + (f">{self.format_name}" if self.format_name else "")
+        return line if self.format_name == fmt.name else f"{line}>{fmt.name}"
 
 
 def _files(folder: Path) -> list[Path]:

@@ -11,49 +11,25 @@ Everything is written into DST.partial and renamed to DST when it is whole.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import math
 import os
-import secrets
-import shutil
-import struct
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from io import BufferedWriter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
-
-from ..errors import ClusterError, ModelError, UsageError
+from ..errors import ClusterError, UsageError
 from ..kernels import runtime
-from ..kernels.layout import FORMATS, ROWS, TileFormat
-from ..log import progress
+from ..kernels.layout import FORMATS, TileFormat
+from ..log import progress, progress_bytes
 from ..parallel.group import TensorParallelGroup
-from .checkpoint import LAYOUT, LAYOUT_KEY, TILES_KEY, Checkpoint
-from .tiles import check_shape, load_matrix
-
-TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "README.md",
-    "LICENSE*",
-)
+from ..parallel.stream import together_at_rest
+from .checkpoint import LAYOUT, LAYOUT_KEY, LINEAGE_KEY, TILES_KEY, Checkpoint
+from .files import HEAD, PIECE_BYTES, TABLE, Entry, File, Part, aligned, lay_out, read_piece
+from .partial import Partial, check_destination, sync, told
+from .slices import SliceReader
+from .tiles import check_shape
 
 _FILE_BYTES = 1 << 30  # a file is closed before it grows past this; one larger tensor makes a larger file
-_PIECE_BYTES = 16 << 20  # float32 rows, or bytes of another tensor, that are handled at once
-_ALIGNMENT = 64  # of tiles in a file: one AVX-512 register, one cache line
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
-_MARKER = ".converting"  # marks a DST.partial as ours and holds the token of the run that writes it
-_SECONDS_TO_APPEAR = 3.0  # a shared folder may show other hosts a new file a little later
 
 
 def convert(
@@ -84,13 +60,13 @@ def convert(
         ClusterError: a rank has another source, or does not see the destination.
     """
     destination = Path(os.path.realpath(destination))
-    partial = _Partial(destination)
-    with group.together(), _told(destination):
-        _check_destination(Path(os.path.realpath(source.folder)), destination)
+    partial = Partial(destination)
+    with group.together(), told(destination):
+        check_destination(Path(os.path.realpath(source.folder)), destination)
         files = plan(source, fmt, matrices, vectors, tied)
     _compare(source, files, group)
     _share_cores(group)
-    with group.together(), _told(destination):
+    with group.together(), told(destination):
         if group.is_root:
             partial.create(sum(file.size for file in files))
     partial.token = group.broadcast(partial.token)
@@ -98,9 +74,9 @@ def convert(
         with group.together():
             partial.check_visible()
         _write_all(source, fmt, files, partial, group, show_progress)
-        with group.together(), _told(destination):
+        with group.together(), told(destination):
             if group.is_root:
-                partial.finish(source.folder, files)
+                partial.finish(source.folder, {file.name: file.size for file in files}, _index(files))
     except BaseException as error:
         agreed = getattr(error, "agreed", False)  # then no rank writes any more
         if group.is_root or not agreed:
@@ -108,32 +84,65 @@ def convert(
         raise
 
 
-@contextlib.contextmanager
-def _told(folder: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into one line."""
-    try:
-        yield
-    except OSError as error:
-        where = "" if error.filename is None else f" ({error.filename})"
-        raise UsageError(
-            f"converting to {folder} failed: {error.strerror or error}{where}; mend that, or give another folder"
-        ) from None
+def convert_slices(
+    source: Checkpoint,
+    destination: Path,
+    fmt: TileFormat,
+    files: Mapping[str, File],
+    group: TensorParallelGroup,
+    show_progress: bool,
+) -> None:
+    """Write slices of `source` into the model directory `destination`, on the root alone. Collective.
+
+    Args:
+        destination: must not exist, or be empty; folders above it are made.
+        files: what is to be written, by name; see `slices.Recipe.file`.
+
+    Raises:
+        UsageError: the destination is in use, lies in the source, or cannot hold the files.
+        ModelError: a tensor cannot be read.
+    """
+    destination = Path(os.path.realpath(destination))
+    partial = Partial(destination)
+    with together_at_rest(group), told(destination):
+        if not group.is_root:
+            return
+        check_destination(Path(os.path.realpath(source.folder)), destination)
+        partial.create(sum(file.size for file in files.values()))
+        try:
+            _write_slices(source, fmt, files, partial.path, show_progress)
+            partial.finish(source.folder, {name: file.size for name, file in files.items()}, {})
+        except BaseException:
+            partial.remove(whole=True)
+            raise
 
 
-def _check_destination(source: Path, destination: Path) -> None:
-    """Raise a UsageError unless `destination` is free and apart from `source`; both real paths."""
-    if destination == source:
-        raise UsageError(f"{destination} is the source itself; give another folder to write")
-    for path in (destination, _partial_path(destination)):
-        if path.is_relative_to(source):
-            raise UsageError(f"{path} would lie in the source {source}; give a folder outside of it")
-    if destination.is_dir():
-        if os.path.ismount(destination):
-            raise UsageError(f"{destination} is a mount point; give a folder inside of it")
-        if any(destination.iterdir()):
-            raise UsageError(f"{destination} exists and is not empty; remove it or give another folder")
-    elif destination.exists():
-        raise UsageError(f"{destination} exists and is not a folder; remove it or give another")
+def _write_slices(
+    source: Checkpoint, fmt: TileFormat, files: Mapping[str, File], folder: Path, show_progress: bool
+) -> None:
+    def work() -> Iterator[int]:
+        for name, file in files.items():
+            reader = SliceReader(source, fmt, file)
+            with (folder / name).open("xb") as out:
+                out.write(file.header)
+                for index in range(len(file.entries)):
+                    for _, _, data in reader.read(index):
+                        out.write(data.data)
+                        yield len(data)
+                sync(out)
+
+    total = sum(file.size - len(file.header) for file in files.values())
+    for _ in progress_bytes(work(), "writing slices", show_progress, total):
+        pass
+
+
+def _index(files: list[File]) -> dict[str, bytes]:
+    """Return the index that several files need, by its name."""
+    if len(files) == 1:
+        return {}
+    names = {entry.name: file.name for file in files for entry in file.entries}
+    index = {"metadata": {"total_size": sum(file.size for file in files)}, "weight_map": names}
+    return {"model.safetensors.index.json": (json.dumps(index, indent=2) + "\n").encode()}
 
 
 def _compare(source: Checkpoint, files: list[File], group: TensorParallelGroup) -> None:
@@ -160,48 +169,6 @@ def _share_cores(group: TensorParallelGroup) -> None:
 # ---- what lies where
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of a new file.
-
-    Attributes:
-        origin: its name in the source; "" for padding.
-        dtype, shape: as in the file. matrix: the (rows, cols) of a matrix that becomes tiles.
-    """
-
-    name: str
-    origin: str
-    dtype: str
-    shape: tuple[int, ...]
-    matrix: tuple[int, int] | None = None
-
-    @property
-    def size(self) -> int:
-        """Bytes in the file."""
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
-
-    def pieces(self) -> list[tuple[int, int]]:
-        """Return the ranges it is written by: of rows for a matrix, of bytes for anything else."""
-        end, step = self.size, _PIECE_BYTES
-        if self.matrix is not None:
-            end, step = self.matrix[0], max(1, _PIECE_BYTES // (4 * self.matrix[1]) // ROWS) * ROWS
-        return [(start, min(start + step, end)) for start in range(0, end, step)]
-
-
-@dataclass(frozen=True)
-class File:
-    """A safetensors file to write: its entries in the order of their bytes, and the header that says so."""
-
-    name: str
-    header: bytes
-    entries: tuple[Entry, ...]
-
-    @property
-    def size(self) -> int:
-        """Bytes of the whole file."""
-        return len(self.header) + sum(entry.size for entry in self.entries)
-
-
 def plan(
     source: Checkpoint, fmt: TileFormat, matrices: Mapping[str, tuple[int, int]], vectors: Mapping[str, int], tied: bool
 ) -> list[File]:
@@ -219,9 +186,11 @@ def plan(
         groups[-1].append(entry)
         room -= entry.size
     if len(groups) == 1:
-        return [_file("model.safetensors", groups[0], fmt)]
-    count = len(groups)
-    return [_file(f"model-{i:05d}-of-{count:05d}.safetensors", group, fmt) for i, group in enumerate(groups, 1)]
+        names = ["model.safetensors"]
+    else:
+        names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
+    metadata = {TILES_KEY: fmt.name, LAYOUT_KEY: LAYOUT, LINEAGE_KEY: source.lineage(fmt)}
+    return [lay_out(name, aligned(group), metadata) for name, group in zip(names, groups, strict=True)]
 
 
 def _entries(
@@ -242,35 +211,7 @@ def _entries(
     for name, matrix in matrices.items():
         tensor = source[origin(name)]
         check_shape(tensor, matrix, held)
-        yield Entry(name, tensor.name, "U8", fmt.shape(*matrix), matrix)
-
-
-def _file(name: str, entries: Iterable[Entry], fmt: TileFormat) -> File:
-    """Return a file of these entries in which each tensor of tiles begins at a multiple of 64 bytes.
-
-    Tiles come first, and of them those of an even number, as a tile is a multiple of 32 bytes. A file may have no
-    holes, so an odd number of tiles is followed by a tensor of padding. Wider numbers come before narrower ones,
-    which aligns those too.
-    """
-
-    def order(entry: Entry) -> tuple[bool, int]:
-        return entry.matrix is None, entry.size % _ALIGNMENT if entry.matrix else -_ITEM_BYTES[entry.dtype]
-
-    laid: list[Entry] = []
-    header: dict[str, object] = {"__metadata__": {TILES_KEY: fmt.name, LAYOUT_KEY: LAYOUT}}
-    end = 0
-    for entry in sorted(entries, key=order):
-        parts = [entry]
-        if entry.matrix is not None and end % _ALIGNMENT:
-            parts = [Entry(f"padding.{len(laid)}", "", "U8", (-end % _ALIGNMENT,)), entry]
-        for part in parts:
-            offsets = [end, end + part.size]
-            header[part.name] = {"dtype": part.dtype, "shape": list(part.shape), "data_offsets": offsets}
-            laid.append(part)
-            end += part.size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
-    return File(name, struct.pack("<Q", len(text)) + text, tuple(laid))
+        yield Entry(name, tensor.name, "U8", fmt.shape(*matrix), Part.whole(*matrix))
 
 
 # ---- writing
@@ -280,7 +221,7 @@ def _write_all(
     source: Checkpoint,
     fmt: TileFormat,
     files: list[File],
-    partial: _Partial,
+    partial: Partial,
     group: TensorParallelGroup,
     show_progress: bool,
 ) -> None:
@@ -288,11 +229,11 @@ def _write_all(
 
     def work() -> Iterator[None]:
         for turn in range(0, len(files), group.size):
-            with group.together(), _told(partial.destination):
+            with group.together(), told(partial.destination):
                 for file in files[turn + group.rank : turn + group.size : group.size]:
                     yield from _write(source, fmt, file, partial.path)
 
-    total = sum(len(entry.pieces()) for file in files[group.rank :: group.size] for entry in file.entries)
+    total = sum(len(entry.pieces(PIECE_BYTES)) for file in files[group.rank :: group.size] for entry in file.entries)
     for _ in progress(work(), "converting", show_progress and group.is_root, total):
         pass
 
@@ -305,170 +246,7 @@ def _write(source: Checkpoint, fmt: TileFormat, file: File, folder: Path) -> Ite
     with (folder / file.name).open("xb") as out:
         out.write(file.header)
         for entry in file.entries:
-            for part in entry.pieces():
-                out.write(_bytes(source, fmt, entry, part))
+            for piece in entry.pieces(PIECE_BYTES):
+                out.write(read_piece(source, fmt, entry, piece).data)
                 yield
-        _sync(out)
-
-
-def _bytes(source: Checkpoint, fmt: TileFormat, entry: Entry, part: tuple[int, int]) -> memoryview:
-    """Return one of an entry's `pieces`."""
-    if not entry.origin:
-        return memoryview(bytes(part[1] - part[0]))
-    if entry.matrix is None:
-        return source[entry.origin].data.reshape(-1).view(np.uint8)[part[0] : part[1]].data
-    return load_matrix(source, entry.origin, entry.matrix, part, (0, entry.matrix[1]), fmt).tiles.data
-
-
-def _sync(file: BufferedWriter) -> None:
-    """Wait until a file's bytes are on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Wait until a folder's names are on the disk, where the file system offers that."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _partial_path(destination: Path) -> Path:
-    return destination.with_name(f"{destination.name}.partial")
-
-
-class _Partial:
-    """DST.partial, where a conversion lies until it is whole.
-
-    Attributes:
-        token: what the run's marker file holds; a rank that reads it there sees the root's folder.
-    """
-
-    def __init__(self, destination: Path) -> None:
-        self.destination, self.path = destination, _partial_path(destination)
-        self.marker = self.path / _MARKER
-        self.token = ""
-        self._lock: BufferedWriter | None = None
-
-    def create(self, size: int) -> None:
-        """Make the folder, after removing what an earlier run left. Root only.
-
-        Raises:
-            UsageError: the disk has less than `size` bytes free, or the folder is not one to remove.
-        """
-        self.destination.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_symlink() or self.path.exists():
-            self._remove_leftover()
-        free = shutil.disk_usage(self.destination.parent).free
-        if size > free:
-            raise UsageError(
-                f"{self.destination} needs {size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free in"
-                f" {self.destination.parent}; free space, or give another folder or smaller --weights"
-            )
-        self.path.mkdir()
-        self.token = secrets.token_hex(8)
-        self._lock = self.marker.open("xb")
-        with contextlib.suppress(OSError):  # some file systems have no locks
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._lock.write(self.token.encode())
-        _sync(self._lock)
-
-    def _remove_leftover(self) -> None:
-        ours = self.path.is_dir() and not self.path.is_symlink()
-        if not ours or not (self.marker.is_file() or not any(self.path.iterdir())):
-            raise UsageError(
-                f"{self.path} is in the way and no conversion's leftover; remove it or give another folder"
-            )
-        if self.marker.is_file():
-            with self.marker.open("r+b") as marker:
-                try:
-                    fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise UsageError(
-                        f"{self.path} is being written by another conversion; wait for it or give another folder"
-                    ) from None
-                except OSError:  # no locks here
-                    pass
-        self._delete()
-
-    def check_visible(self) -> None:
-        """Raise a ClusterError unless this rank sees the root's folder."""
-        deadline = time.monotonic() + _SECONDS_TO_APPEAR
-        while not self._is_ours():
-            if time.monotonic() > deadline:
-                raise ClusterError(
-                    f"{self.path}, made by rank 0, is not to be seen; give a folder that all hosts share, or convert"
-                    " with one rank"
-                )
-            with contextlib.suppress(OSError):  # makes a network file system look anew
-                os.listdir(self.path.parent)
-            time.sleep(0.05)
-
-    def _is_ours(self) -> bool:
-        try:
-            return self.token != "" and self.marker.read_text(encoding="utf-8") == self.token
-        except OSError:
-            return False
-
-    def finish(self, source: Path, files: list[File]) -> None:
-        """Add the small files, config.json last, and give the folder its name. Root only.
-
-        Raises:
-            ClusterError: what the other ranks wrote is not here.
-        """
-        for file in files:
-            path = self.path / file.name
-            size = path.stat().st_size if path.is_file() else 0
-            if size != file.size or not self._is_ours():
-                raise ClusterError(f"{path} has {size} of {file.size} bytes; let one conversion at a time write there")
-        for pattern in COMPANIONS:
-            for path in sorted(source.glob(pattern)):
-                if path.is_file():
-                    self._add(path.name, path.read_bytes())
-        if len(files) > 1:
-            names = {entry.name: file.name for file in files for entry in file.entries}
-            index = {"metadata": {"total_size": sum(file.size for file in files)}, "weight_map": names}
-            self._add("model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
-        config = source / "config.json"
-        if not config.is_file():
-            raise ModelError(f"{source}: no config.json; give a model directory as Hugging Face lays it out")
-        self._add("config.json", config.read_bytes())
-        _sync_folder(self.path)
-        self.path.rename(self.destination)
-        with contextlib.suppress(OSError):  # the model is whole; the marker does no harm
-            (self.destination / _MARKER).unlink()
-        _sync_folder(self.destination)
-        _sync_folder(self.destination.parent)
-        self._unlock()
-
-    def _add(self, name: str, content: bytes) -> None:
-        with (self.path / name).open("xb") as out:
-            out.write(content)
-            _sync(out)
-
-    def remove(self, whole: bool) -> None:
-        """Remove this run's files as far as the file system lets it, and with `whole` the folder.
-
-        Without, the folder stays with its marker for the next run to remove: other ranks may still put files there.
-        """
-        if self._is_ours():
-            with contextlib.suppress(OSError):
-                self._delete(whole)
-        self._unlock()
-
-    def _delete(self, whole: bool = True) -> None:
-        """Remove the folder's files and, with `whole`, the marker and the folder."""
-        for path in self.path.iterdir():
-            if path != self.marker:
-                path.unlink(missing_ok=True)
-        if whole:
-            self.marker.unlink(missing_ok=True)
-            self.path.rmdir()
-
-    def _unlock(self) -> None:
-        if self._lock is not None:
-            self._lock.close()
-            self._lock = None
+        sync(out)

@@ -70,6 +70,7 @@ class RandomCheckpoint(Checkpoint):
         """Take the (rows, cols) of matrices, the sizes of vectors, and the embedding table's shape."""
         self.folder = Path(name)
         self.format_name = None
+        self.metadata = {}
         self._pool = TilePool()
         self._shapes: dict[str, tuple[int, ...]] = {**matrices, **{n: (size,) for n, size in vectors.items()}}
         self._shapes[_TABLE] = table
@@ -91,6 +92,9 @@ class RandomCheckpoint(Checkpoint):
             values = rng.standard_normal(shape[0] + shape[1] - 1, np.float32) * np.float32(_STD)
             data = np.lib.stride_tricks.sliding_window_view(values, shape[1])
         return RandomTensor(name, "F32", data, self._pool)
+
+    def release(self, name: str) -> None:
+        """Do nothing: nothing was read from a file."""
 
     def fingerprint(self) -> str:
         """Return a digest of names and shapes."""

@@ -53,9 +53,9 @@ def check_shape(tensor: Tensor, shape: tuple[int, ...], converted: TileFormat | 
         if converted is None or len(shape) != 2:
             raise ModelError(f"tensor {tensor.name} is U8 but the file does not say in which tile format")
         expected = converted.shape(*shape)
-    if tensor.data.shape != expected:
+    if tensor.shape != expected:
         raise ModelError(
-            f"tensor {tensor.name} has shape {list(tensor.data.shape)}, but config.json implies {list(expected)}"
+            f"tensor {tensor.name} has shape {list(tensor.shape)}, but config.json implies {list(expected)}"
         )
 
 
@@ -81,9 +81,10 @@ def load_matrix(
     count = (rows[1] - rows[0], cols[1] - cols[0])
     blocks = slice(cols[0] // BLOCK, ceil_div(cols[1], BLOCK))
     whole_tiles = rows[0] % ROWS == 0 and (rows[1] % ROWS == 0 or rows[1] == shape[0])
-    made = tensor.make_tiles(rows, cols, fmt)
-    if made is not None:
-        return TileMatrix(made, *count, fmt)
+    tiles = tensor.make_tiles(rows, cols, fmt)
+    if tiles is not None:
+        source.release(name)
+        return TileMatrix(tiles, *count, fmt)
     tiles = aligned_empty(fmt.shape(*count))
     if tensor.is_tiles and held is fmt and whole_tiles:
         # Copied, not used in place: decode reads them about 6 % faster from memory of its own with its large pages.

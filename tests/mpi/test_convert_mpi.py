@@ -17,7 +17,7 @@ from dllama_mpi.kernels.layout import FORMATS
 from dllama_mpi.model.config import ModelConfig
 from dllama_mpi.model.names import matrix_shapes, vector_shapes
 from dllama_mpi.parallel.group import connect
-from dllama_mpi.weights import convert as module
+from dllama_mpi.weights import convert as module, files, partial
 from dllama_mpi.weights.checkpoint import Checkpoint
 
 def fail(*args):
@@ -27,12 +27,12 @@ source, destination, how = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 module._FILE_BYTES = 15_000
 group = connect()
 if how == "elsewhere" and group.rank == 1:
-    module._SECONDS_TO_APPEAR = 0.2
+    partial._SECONDS_TO_APPEAR = 0.2
     destination = destination / "not" / "shared"
 if how == "other source" and group.rank == 1:
     source = source.with_name("other")
 if how == "fault" and group.rank == 1:
-    module.load_matrix = fail
+    files.load_matrix = fail
 if how == "full disk" and group.rank == 1:
     import resource
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))

@@ -122,25 +122,6 @@ def test_bad_token_ids(call: str, ranks: int, tmp_path: Path) -> None:
     _assert_one_line(mpiexec(ranks, [script], check=False))
 
 
-def test_different_files(tmp_path: Path) -> None:
-    for rank, seed in enumerate([5, 6, 5]):
-        folder = tmp_path / f"host{rank}"
-        folder.mkdir()
-        _model(folder / "model", _edit_config(rms_norm_eps=seed * 1e-6))
-    script = _script(
-        tmp_path,
-        f"""
-        import os
-        from dllama_mpi.parallel.group import connect
-        from dllama_mpi import LLM
-        group = connect()
-        os.chdir({str(tmp_path)!r} + f"/host{{group.rank}}")
-        LLM("model", group=group, nthreads=1)
-        """,
-    )
-    _assert_one_line(mpiexec(3, [script], check=False), "rank 1", "other model files", "copy the same files")
-
-
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_unexpected_exception(failing: int, tmp_path: Path) -> None:
     """An exception on one rank, in the middle of a generation, ends the job and names rank and host."""

@@ -130,7 +130,7 @@ def test_a_missing_tensor(tmp_path: Path) -> None:
 
 def test_a_type_that_cannot_be_read(tmp_path: Path) -> None:
     folder = write(tmp_path / "model.safetensors", {"w": ("I64", np.zeros(4, np.int64))})
-    with pytest.raises(ModelError, match="tensor w is I64; only F32, F16, BF16, U8 can be read"):
+    with pytest.raises(ModelError, match="tensor w is I64; only F32, F16, BF16, U32, U8 can be read"):
         Checkpoint(folder)["w"]
 
 
@@ -230,6 +230,16 @@ def test_fingerprint_tells_other_files(tmp_path: Path) -> None:
         prints[name] = Checkpoint(folder).fingerprint()
     assert prints["a"] == prints["same"]
     assert len(set(prints.values())) == 3
+
+
+def test_fingerprint_tells_other_values_in_the_same_places(tmp_path: Path) -> None:
+    prints = set()
+    for seed in range(3):
+        values = {"large": stored(random(seed if seed < 2 else 0, 3000), "BF16"), "small": stored(random(5, 3), "F32")}
+        if seed == 2:
+            values["small"] = stored(random(6, 3), "F32")
+        prints.add(Checkpoint(write(tmp_path / str(seed) / "model.safetensors", values)).fingerprint())
+    assert len(prints) == 3
 
 
 def test_tiles_of_another_layout(tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from dllama_mpi.model.config import ModelConfig
 from dllama_mpi.model.names import matrix_shapes, vector_shapes
 from dllama_mpi.parallel.group import TensorParallelGroup
 from dllama_mpi.weights import convert as module
+from dllama_mpi.weights import files as files_module
+from dllama_mpi.weights import partial as partial_module
 from dllama_mpi.weights.checkpoint import Checkpoint
 from dllama_mpi.weights.convert import TABLE, convert
 from dllama_mpi.weights.tiles import TileMatrix
@@ -45,6 +47,15 @@ def run(source: Path, destination: Path, weights: str) -> Path:
 def contents(folder: Path) -> Files:
     """Return the bytes of every file of a directory."""
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def without_lineage(folder: Path) -> dict[str, Any]:
+    """Return a directory's contents; in place of model.safetensors its header, but for the lineage, and its data."""
+    files: dict[str, Any] = contents(folder)
+    data = files.pop("model.safetensors")
+    start, entries = header(folder / "model.safetensors")
+    del entries["__metadata__"]["dllama_mpi.lineage"]
+    return {**files, "header": entries, "data": data[start:]}
 
 
 def logits(folder: Path, weights: str | None, tokens: list[int]) -> np.ndarray:
@@ -116,7 +127,8 @@ def test_file_is_good_safetensors_and_tiles_are_aligned(weights: str, source: Pa
     start, entries = header(path)
     assert start % 64 == 0
     metadata = entries.pop("__metadata__")
-    assert metadata == {"dllama_mpi.weights": weights, "dllama_mpi.layout": "1"}
+    lineage = f"{Checkpoint(source).fingerprint()}>{weights}"
+    assert metadata == {"dllama_mpi.weights": weights, "dllama_mpi.layout": "1", "dllama_mpi.lineage": lineage}
     with safe_open(path, framework="numpy") as opened:
         assert sorted(opened.keys()) == sorted(entries)
         for name, shape in matrix_shapes(ModelConfig.load(source)).items():
@@ -148,7 +160,7 @@ def test_large_models_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.Mon
     folder = write_model(CASES["llama_heads6"], tmp_path / "source")
     whole = run(folder, tmp_path / "whole", "q80")
     monkeypatch.setattr(module, "_FILE_BYTES", 40_000)
-    monkeypatch.setattr(module, "_PIECE_BYTES", 16 * 144 * 4)
+    monkeypatch.setattr(module, "PIECE_BYTES", 16 * 144 * 4)
     cut = run(folder, tmp_path / "cut", "q80")
     paths = sorted(cut.glob("*.safetensors"))
     assert len(paths) > 3
@@ -169,11 +181,11 @@ def test_large_models_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.Mon
 def test_tied_table_may_be_called_lm_head(tmp_path: Path) -> None:
     case = CASES["llama32_tied"]
     folder = write_model(case, tmp_path / "source")
-    expected = contents(run(folder, tmp_path / "new", "q40"))
+    expected = without_lineage(run(folder, tmp_path / "new", "q40"))
     values = dict(tensors(case))
     values["lm_head.weight"] = values.pop(TABLE)
     write_safetensors(folder / "model.safetensors", values, case.dtype)
-    assert contents(run(folder, tmp_path / "other", "q40")) == expected
+    assert without_lineage(run(folder, tmp_path / "other", "q40")) == expected
 
 
 @pytest.mark.parametrize(
@@ -182,7 +194,7 @@ def test_tied_table_may_be_called_lm_head(tmp_path: Path) -> None:
 def test_converting_again_gives_the_same_bytes(name: str, first: str, tmp_path: Path) -> None:
     folder = write_model(CASES[name], tmp_path / "source")
     again = run(run(folder, tmp_path / first, first), tmp_path / "again", "q40")
-    assert contents(again) == contents(run(folder, tmp_path / "direct", "q40"))
+    assert without_lineage(again) == without_lineage(run(folder, tmp_path / "direct", "q40"))
 
 
 def test_nothing_is_printed_without_a_terminal(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -232,7 +244,7 @@ def test_parent_is_a_file(source: Path, tmp_path: Path) -> None:
 
 def test_disk_too_small(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 20_000, 20_000))
+    monkeypatch.setattr(partial_module.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 20_000, 20_000))
     refused(UsageError, r"needs 0\.\d\d GB, and 0\.00 GB are free in .*; free space", source, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -295,9 +307,9 @@ def test_exception_in_the_middle(
             raise error
         return real(*args)
 
-    real = module.load_matrix
+    real = files_module.load_matrix
     with monkeypatch.context() as patch:
-        patch.setattr(module, "load_matrix", failing)
+        patch.setattr(files_module, "load_matrix", failing)
         with pytest.raises(type(error)):
             run(source, tmp_path / "new", "q40")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -319,7 +331,7 @@ def test_exception_at_the_end(source: Path, tmp_path: Path) -> None:
 SCRIPT = """
 import os, resource, signal, sys
 from pathlib import Path
-from dllama_mpi.weights import convert as module
+from dllama_mpi.weights import convert, files, partial
 from tests.unit.test_convert import run
 
 def die(*args, **kwargs):
@@ -336,7 +348,10 @@ elif how == "rename":
     Path.rename = die
 else:
     name, calls = how.split()
-    setattr(module, name, after(getattr(module, name), int(calls)))
+    homes = [home for home in (convert, files, partial) if hasattr(home, name)]
+    disturbed = after(getattr(homes[0], name), int(calls))
+    for home in homes:
+        setattr(home, name, disturbed)
 try:
     run(Path(source), Path(destination), "q40")
 except Exception as error:
@@ -351,7 +366,7 @@ def in_process(source: Path, destination: Path, how: str) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=root, stdin=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("moment", ["load_matrix 0", "load_matrix 9", "_sync 0", "_sync 1", "_sync 4", "rename"])
+@pytest.mark.parametrize("moment", ["load_matrix 0", "load_matrix 9", "sync 0", "sync 1", "sync 4", "rename"])
 def test_killed_in_the_middle(moment: str, source: Path, tmp_path: Path) -> None:
     assert in_process(source, tmp_path / "new", moment).returncode == -signal.SIGKILL
     assert not (tmp_path / "new").exists()
