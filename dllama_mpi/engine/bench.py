@@ -93,6 +93,11 @@ class Result:
     readings: list[float]
 
     @property
+    def tokens(self) -> int:
+        """Tokens of all repetitions."""
+        return self.test.tokens * len(self.samples)
+
+    @property
     def speeds(self) -> list[float]:
         """Tokens a second of each repetition, all sequences together."""
         return [self.test.tokens / s.seconds for s in self.samples]
@@ -166,6 +171,7 @@ class Result:
             "best_reading_gb_per_s": _giga(max(self.readings, default=None)),
             "share_of_limit": self.share_of_limit,
             "sync_share": self.sync_share,
+            "sent_bytes_per_token": sum(step.sent for s in self.samples for step in s.steps) / self.tokens,
         }
 
 
@@ -320,6 +326,7 @@ class Bench:
             "model_type": describe(llm.config),
             "model_size": self.weight_bytes,
             "model_n_params": llm.config.parameters,
+            "n_layers": llm.config.num_layers,
             "n_ranks": llm.group.size,
             "n_threads": llm.threads,
             "hosts": sorted(set(llm.group.hosts)),
@@ -328,6 +335,7 @@ class Bench:
             "type_k": llm.kv_type,
             "type_v": llm.kv_type,
             "buffer_float_type": llm.group.payload,
+            "sync": [choice.to_dict() for choice in llm.group.choices],
             "prefill_chunk": options.prefill_chunk,
             "split": options.split,
         }
