@@ -82,12 +82,12 @@ def _scores(marker, queries, keys, key_scales, begin, rows, scratch, scores):
             for block in range(width // BLOCK):
                 first = ROWS * BLOCK * block
                 _widen_keys(codes + first, scales + 2 * ROWS * block, address(scratch) + 4 * first)
-            float_rows(_F32, address(scratch), 0, 0, 1, width // BLOCK, address(queries), 4 * width,
-                       address(scores) + 4 * ROWS * row, 4 * POSITIONS, queries.shape[0])  # fmt: skip
+            float_rows(_F32, address(scratch), np.int64(0), np.int64(0), np.int64(1), width // BLOCK, address(queries),
+                       4 * width, address(scores) + 4 * ROWS * row, 4 * POSITIONS, queries.shape[0])  # fmt: skip
     else:
         step = keys.itemsize * ROWS * width
-        float_rows(marker, address(keys) + begin // ROWS * step, step, 0, rows, width // BLOCK, address(queries),
-                   4 * width, address(scores), 4 * POSITIONS, queries.shape[0])  # fmt: skip
+        float_rows(marker, address(keys) + begin // ROWS * step, step, np.int64(0), rows, width // BLOCK,
+                   address(queries), 4 * width, address(scores), 4 * POSITIONS, queries.shape[0])  # fmt: skip
 
 
 @njit(cache=True, nogil=True, inline="never")
@@ -99,11 +99,11 @@ def _weighted(marker, scores, values, value_scales, begin, padded, scratch, out)
             codes, scales = address(values[row]) + ROWS * begin, address(value_scales[row // 2]) + 2 * begin
             for p in range(0, padded, ROWS):
                 _widen_values(codes + ROWS * p, scales + 2 * p, address(scratch) + 4 * ROWS * p)
-            float_rows(_F32, address(scratch), 0, 0, 1, padded // BLOCK, address(scores), 4 * POSITIONS,
-                       address(out) + 4 * ROWS * row, 4 * out.shape[1], n)  # fmt: skip
+            float_rows(_F32, address(scratch), np.int64(0), np.int64(0), np.int64(1), padded // BLOCK, address(scores),
+                       4 * POSITIONS, address(out) + 4 * ROWS * row, 4 * out.shape[1], n)  # fmt: skip
     else:
         step = values.itemsize * ROWS
-        float_rows(marker, address(values) + begin * step, step * values.shape[1], 0, rows, padded // BLOCK,
+        float_rows(marker, address(values) + begin * step, step * values.shape[1], np.int64(0), rows, padded // BLOCK,
                    address(scores), 4 * POSITIONS, address(out), 4 * out.shape[1], n)  # fmt: skip
 
 
@@ -246,7 +246,8 @@ def attention(marker, q, keys, key_scales, values, value_scales, slots, position
     partial = np.zeros((items if cuts > 1 else threads, most, values.shape[2] * ROWS), np.float32)
     if threads == 1:
         _take(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
-              last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial, 0, 1)  # fmt: skip
+              last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial, np.int64(0),
+              np.int64(1))  # fmt: skip  # not literals, for which it would be compiled again
     else:
         _take_all(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim,
                   first_head, last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial,

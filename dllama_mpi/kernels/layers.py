@@ -85,7 +85,7 @@ def products(marker, matrices, x, codes, scales, offsets, out, tokens, threads):
     form, unused for f16 and f32 weights. out: (>= tokens, >= 16 * all rows of tiles) float32, contiguous.
     """
     if threads == 1:
-        _share(marker, matrices, x, codes, scales, offsets, out, tokens, 0, 1)
+        _share(marker, matrices, x, codes, scales, offsets, out, tokens, np.int64(0), np.int64(1))
         return
     for thread in prange(threads):
         _share(marker, matrices, x, codes, scales, offsets, out, tokens, np.int64(thread), threads)
@@ -118,7 +118,7 @@ def _gate_up(marker, matrices, biases, x, codes, scales, offsets, inner, i_codes
              threads):  # fmt: skip
     if threads == 1:
         _gate_up_share(marker, matrices, biases, x, codes, scales, offsets, inner, i_codes, i_scales, i_offsets, up,
-                       tokens, 0, 1)  # fmt: skip
+                       tokens, np.int64(0), np.int64(1))  # fmt: skip
         return
     for thread in prange(threads):
         _gate_up_share(marker, matrices, biases, x, codes, scales, offsets, inner, i_codes, i_scales, i_offsets, up,
@@ -143,7 +143,7 @@ def _add_and_normalise_row(x, token, source, bias, norm, eps, out, codes, scales
 def _add_and_normalise_rows(residual, source, bias, norm, eps, x, codes, scales, offsets, quantised):
     for t in prange(residual.shape[0]):
         own = slice(t * quantised, t * quantised + quantised)  # of arrays without rows: nothing
-        _add_and_normalise_row(residual[t], t, source, bias, norm, eps, x[t], codes[own], scales[own],
+        _add_and_normalise_row(residual[t], np.int64(t), source, bias, norm, eps, x[t], codes[own], scales[own],
                                offsets[own])  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def add_and_normalise(residual, source, bias, norm, eps, x, codes, scales, offse
     if residual.shape[0] > 1:
         _add_and_normalise_rows(residual, source, bias, norm, eps, x, codes, scales, offsets, quantised)
     else:
-        _add_and_normalise_row(residual[0], 0, source, bias, norm, eps, x[0], codes, scales, offsets)
+        _add_and_normalise_row(residual[0], np.int64(0), source, bias, norm, eps, x[0], codes, scales, offsets)
 
 
 @njit(cache=True, nogil=True)
