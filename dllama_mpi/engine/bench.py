@@ -17,7 +17,6 @@ from ..kernels.probe import ReadProbe
 from ..model.config import ModelConfig
 from ..model.size import cache_bytes, weight_bytes
 from ..parallel.group import TensorParallelGroup
-from ..parallel.partition import parse_split, shards
 from .llm import LLM
 from .memory import available_bytes
 from .sequence import SamplingParams, Sequence
@@ -194,11 +193,9 @@ class Bench:
 
     def __post_init__(self) -> None:
         """Collect what all ranks hold. Collective."""
-        c, group, options = self.llm.config, self.llm.group, self.llm.options
-        split = parse_split(options.split, group.size)
-        parts = shards(c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size, split)
-        self.weight_bytes = sum(weight_bytes(c, part, self.llm.format) for part in parts)
-        self.position_bytes = sum(cache_bytes(c, part, self.llm.kv_type) for part in parts)
+        c, group = self.llm.config, self.llm.group
+        self.weight_bytes = sum(weight_bytes(c, part, self.llm.format) for part in self.llm.shards)
+        self.position_bytes = sum(cache_bytes(c, part, self.llm.kv_type) for part in self.llm.shards)
         self.threads: list[int] = group.allgather(self.llm.threads)
 
     def measure_memory(self) -> None:
@@ -275,6 +272,7 @@ class Bench:
             "buffer_float_type": options.buffer_float_type,
             "prefill_chunk": options.prefill_chunk,
             "split": options.split,
+            "shares": llm.shares,
         }
 
     def record(self, result: Result) -> dict[str, Any]:

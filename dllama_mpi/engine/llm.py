@@ -24,21 +24,22 @@ from ..model.context import Context
 from ..model.kv_cache import KV_TYPES
 from ..model.names import check_files, matrix_shapes, vector_shapes
 from ..model.shapes import shape_config
-from ..model.size import buffer_bytes, cache_bytes, weight_bytes
 from ..model.transformer import Transformer
 from ..parallel.allreduce import PAYLOADS
 from ..parallel.group import TensorParallelGroup, connect
-from ..parallel.partition import parse_split, shards
+from ..parallel.partition import AUTO, parse_split
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
 from ..weights.checkpoint import Checkpoint
 from ..weights.random import RandomCheckpoint
 from .engine import Engine
-from .memory import Need, available_bytes, fitting_positions
+from .memory import available_bytes, fitting_positions
 from .runner import Runner
 from .scheduler import Plan
 from .sequence import SamplingParams
 from .sequence import Sequence as Request
+from .shares import MemoryPlan, shards_of, split_line
+from .speed import decode_rates
 from .stats import Stats
 from .step import Command
 from .worker import serve
@@ -61,7 +62,7 @@ class Options:
         max_seq_len: positions of the KV cache; None: the model's, or what fits in memory.
         max_batch: sequences that run at once. prefill_chunk: prompt tokens a step.
         kv_type: "f16", "f32" or "q80"; None: f32 with f32 weights, else f16.
-        split: the ranks' shares, such as "3,1,1"; None: equal.
+        split: the ranks' shares, such as "3,1,1", or "auto" for shares by measured speed and free memory; None: equal.
         tokenizer: a tokenizer.json or a folder with one; None: the model's.
         bind: keep each rank on cores of its own, and each of its threads on one.
         quiet: print nothing on stderr.
@@ -132,18 +133,19 @@ class LLM:
             self.folder, self.config, source = open_model(o.model)
             self.format = FORMATS[o.weights or source.format_name or "q40"]
             c = self.config
-            parts = shards(
-                c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size, parse_split(o.split, self.group.size)
-            )
+            self.shares = parse_split(None if o.split == AUTO else o.split, self.group.size)
+            self.shards = shards_of(c, self.shares)
             self.threads = self._threads(cores)
             self._tokenizer: Tokenizer | None = self._load_tokenizer() if self.group.is_root else None
         self._compare_files(source)
         if self.group.is_root and not o.quiet and runtime.is_cold():
             say(f"compiling kernels for {runtime.describe()}; this takes about 20 seconds and is done once")
         self.kv_type = o.kv_type or ("f32" if self.format.name == "f32" else "f16")
-        context = Context(self.group, parts[self.group.rank], self.format, self.threads)
         tokens = o.prefill_chunk + o.max_batch
-        self.max_seq_len = self._positions(context, tokens)
+        if o.split == AUTO and self.group.size > 1:
+            self._share_out(tokens)
+        context = Context(self.group, self.shards[self.group.rank], self.format, self.threads)
+        self.max_seq_len = self._positions(tokens)
         with self.group.together():
             show = self.group.is_root and not o.quiet
             self._model = Transformer(source, c, context, lambda layers: progress(layers, "loading", show))
@@ -168,6 +170,16 @@ class LLM:
         runtime.set_threads(wanted)
         return wanted
 
+    def _share_out(self, tokens: int) -> None:
+        """Replace equal shares by those that the ranks' measured speeds and free memory give."""
+        o, group = self.options, self.group
+        speeds = decode_rates(self.config, self.shards[group.rank], self.format, group, self.threads)
+        plan = MemoryPlan(self.config, self.format, self.kv_type, tokens, o.max_batch, o.max_seq_len)
+        self.shares, bound = plan.shares(speeds, group.allgather((group.host, available_bytes())))
+        self.shards = shards_of(self.config, self.shares)
+        if group.is_root and not o.quiet:
+            say(split_line(group.hosts, speeds, self.shares, bound))
+
     def _load_tokenizer(self) -> Tokenizer | None:
         given = self.options.tokenizer
         if given is None and not any((self.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
@@ -184,16 +196,14 @@ class LLM:
                 )
                 self.group.agree(error)
 
-    def _positions(self, context: Context, tokens: int) -> int:
+    def _positions(self, tokens: int) -> int:
         o, c = self.options, self.config
-        wanted = o.max_seq_len or c.max_position_embeddings
-        fixed = weight_bytes(c, context.shard, self.format) + buffer_bytes(c, context.shard, tokens, self.group.size)
-        each = cache_bytes(c, context.shard, self.kv_type) * o.max_batch
-        needs = self.group.allgather(Need(self.group.host, fixed, each, available_bytes()))
+        memory = MemoryPlan(c, self.format, self.kv_type, tokens, o.max_batch, o.max_seq_len)
+        needs = memory.needs(self.shards, self.group.allgather((self.group.host, available_bytes())))
         with self.group.together():
-            positions = fitting_positions(needs, wanted, o.max_seq_len is not None)
-        if positions < wanted and self.group.is_root and not o.quiet:
-            say(f"max-seq-len is {positions}: the model's {wanted} positions do not fit in memory")
+            positions = fitting_positions(needs, memory.wanted, o.max_seq_len is not None)
+        if positions < memory.wanted and self.group.is_root and not o.quiet:
+            say(f"max-seq-len is {positions}: the model's {memory.wanted} positions do not fit in memory")
         if o.max_seq_len and o.max_seq_len > c.max_position_embeddings and self.group.is_root and not o.quiet:
             say(f"max-seq-len {o.max_seq_len} is beyond the model's {c.max_position_embeddings} positions")
         return positions
