@@ -42,6 +42,7 @@ from .shares import MemoryPlan, shards_of, split_line
 from .speed import decode_rates
 from .stats import Stats
 from .step import Command
+from .threads import place_threads
 from .worker import serve
 
 RANDOM = "random:"  # before a shape's name: its weights are random, and on no disk
@@ -135,7 +136,7 @@ class LLM:
             c = self.config
             self.shares = parse_split(None if o.split == AUTO else o.split, self.group.size)
             self.shards = shards_of(c, self.shares)
-            self.threads = self._threads(cores)
+            self.threads = place_threads(self.group, cores, o.nthreads, o.bind)
             self._tokenizer: Tokenizer | None = self._load_tokenizer() if self.group.is_root else None
         self._compare_files(source)
         if self.group.is_root and not o.quiet and runtime.is_cold():
@@ -156,19 +157,6 @@ class LLM:
         self._in_session = False
 
     # ---- setting up
-
-    def _threads(self, everybody: list[tuple[str, list[int]]]) -> int:
-        wanted, cores = self.options.nthreads, runtime.usable_cores()
-        sharing = [rank for rank, other in enumerate(everybody) if other == (self.group.host, cores)]
-        if self.options.bind and len(cores) >= len(sharing):
-            place = sharing.index(self.group.rank)
-            cores = cores[len(cores) * place // len(sharing) : len(cores) * (place + 1) // len(sharing)]
-            runtime.bind(cores)
-            sharing = [self.group.rank]
-        if wanted is None:
-            wanted = max(1, min(len(cores) // len(sharing), runtime.most_threads()))
-        runtime.set_threads(wanted)
-        return wanted
 
     def _share_out(self, tokens: int) -> None:
         """Replace equal shares by those that the ranks' measured speeds and free memory give."""
