@@ -160,14 +160,12 @@ def _known(table: dict[str, Any], keys: set[str], where: str) -> None:
 def _checked(table: dict[str, Any], keys: set[str], where: str) -> None:
     """Check that a table has no other keys, and that its values can be."""
     _known(table, keys, where)
-    value: Any
     for key, value in table.items():
         if key in ("name", "board"):
             if not isinstance(value, str) or not value:
                 raise UsageError(f"--hosts {where}: {key} is {value!r}; it must be a text")
             continue
-        kinds: tuple[type, ...] = (int,) if key in _WHOLE else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds):
+        if isinstance(value, bool) or not isinstance(value, int if key in _WHOLE else (int, float)):
             raise UsageError(f"--hosts {where}: {key} is {value!r}; it must be a {'whole ' * (key in _WHOLE)}number")
         may_be_zero = key in _MAY_BE_ZERO
         if not (value > 0 or (may_be_zero and value == 0)) or value == float("inf"):
