@@ -29,8 +29,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..parallel.network import Link, Network
-from .costs import AllReduces, Speeds
-from .survey import Cluster, Host
+from .costs import AllReduces, Cluster, Host, Speeds
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -134,6 +134,38 @@ class AllReduces:
         return self.network.all_reduce_seconds(ranks, size) + interpolate(beyond, size)
 
 
+@dataclass(frozen=True)
+class Host:
+    """A computer of the cluster.
+
+    Attributes:
+        free: bytes of memory it can give. read: bytes a second that its ranks together read; None if not known.
+    """
+
+    name: str
+    ranks: int
+    cores: int
+    instruction_set: str | None
+    free: int
+    read: float | None
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the cost model knows of a cluster.
+
+    Attributes:
+        hosts: in the order of their first ranks. threads: of each rank.
+        speeds: for each number of ranks from 1 on, those of its ranks.
+    """
+
+    hosts: tuple[Host, ...]
+    threads: tuple[int, ...]
+    network: Network
+    speeds: tuple[tuple[Speeds, ...], ...]
+    all_reduces: AllReduces
+
+
 def payload_bytes(config: ModelConfig, tokens: int, block_bytes: int) -> int:
     """Return the bytes of one all-reduce's payload; block_bytes: of 32 values on the wire."""
     return ceil_div(tokens * config.hidden_size, BLOCK) * block_bytes

@@ -13,7 +13,7 @@ from ..parallel.allreduce import PAYLOADS
 from ..parallel.group import TensorParallelGroup
 from ..parallel.network import Network, measure_links, wait_asleep
 from ..parallel.partition import Shard
-from .costs import AllReduces, Speeds, Work, payload_bytes
+from .costs import AllReduces, Cluster, Host, Speeds, Work, payload_bytes
 from .memory import available_bytes
 from .sample import DEPTH, Job, Sample, Timing
 from .shares import shards_of
@@ -25,38 +25,6 @@ _LEAST_PART = 0.05  # of a step that its weights take, where a tiny model's nois
 _READ_BYTES, _READINGS = 1 << 29, 5
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
-
-
-@dataclass(frozen=True)
-class Host:
-    """A computer of the cluster.
-
-    Attributes:
-        free: bytes of memory it can give. read: bytes a second that its ranks together read; None if not known.
-    """
-
-    name: str
-    ranks: int
-    cores: int
-    instruction_set: str | None
-    free: int
-    read: float | None
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What the cost model knows of a cluster.
-
-    Attributes:
-        hosts: in the order of their first ranks. threads: of each rank.
-        speeds: for each number of ranks from 1 on, those of its ranks.
-    """
-
-    hosts: tuple[Host, ...]
-    threads: tuple[int, ...]
-    network: Network
-    speeds: tuple[tuple[Speeds, ...], ...]
-    all_reduces: AllReduces
 
 
 def survey(group: TensorParallelGroup, job: Job, progress: Progress = iter) -> Cluster:
