@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import DllamaError
 from ..parallel.launch import abandon, is_root_process, leave
-from . import bench, cache, chat, convert, generate, info, perplexity
+from . import bench, cache, chat, convert, generate, info, perplexity, plan
 
 COMMANDS: dict[str, Any] = {
     "generate": generate,
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Any] = {
     "perplexity": perplexity,
     "bench": bench,
     "info": info,
+    "plan": plan,
     "cache": cache,
 }
 

@@ -93,7 +93,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="threads a rank (default: the cores it may use, divided by the ranks that share them)",
     )
     group.add_argument("--bind", action="store_true", help="keep each rank and thread on cores of its own")
-    group.add_argument("--split", metavar="A,B,...", help="the ranks' shares of the model, for unlike machines: 3,1,1")
+    group.add_argument(
+        "--split",
+        metavar="A,B,...",
+        help="the ranks' shares of the model, for unlike machines: 3,1,1,"
+        " or auto: by measured speed and free memory (default: equal)",
+    )
     add_cache_option(group)
     group.add_argument(
         "--cache-limit",

@@ -17,7 +17,6 @@ from ..kernels.probe import ReadProbe
 from ..model.config import ModelConfig
 from ..model.size import cache_bytes, weight_bytes
 from ..parallel.group import TensorParallelGroup
-from ..parallel.partition import parse_split, shards
 from .llm import LLM
 from .memory import available_bytes
 from .sequence import SamplingParams, Sequence
@@ -232,14 +231,10 @@ class Bench:
     """
 
     def __init__(self, llm: LLM, seed: int = 0) -> None:
-        """Collect what all ranks hold. Collective. seed: of the token ids."""
+        """Collect what all ranks hold. seed: of the token ids."""
         self.llm, self.seed = llm, seed
-        c, group, options = llm.config, llm.group, llm.options
-        parts = shards(
-            c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size, parse_split(options.split, group.size)
-        )
-        self.weight_bytes = sum(weight_bytes(c, part, llm.format) for part in parts)
-        self.position_bytes = sum(cache_bytes(c, part, llm.kv_type) for part in parts)
+        self.weight_bytes = sum(weight_bytes(llm.config, part, llm.format) for part in llm.shards)
+        self.position_bytes = sum(cache_bytes(llm.config, part, llm.kv_type) for part in llm.shards)
         self._memory: MemoryProbe | None = None
         self._runs = 0
 
@@ -338,6 +333,7 @@ class Bench:
             "sync": [choice.to_dict() for choice in llm.group.choices],
             "prefill_chunk": options.prefill_chunk,
             "split": options.split,
+            "shares": llm.shares,
         }
 
     def record(self, result: Result) -> dict[str, Any]:

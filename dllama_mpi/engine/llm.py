@@ -8,7 +8,7 @@ import os
 import pickle
 import secrets
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,12 +24,11 @@ from ..model.context import Context
 from ..model.kv_cache import KV_TYPES
 from ..model.names import check_files, matrix_shapes, vector_shapes
 from ..model.shapes import shape_config
-from ..model.size import buffer_bytes, cache_bytes, weight_bytes
 from ..model.transformer import Transformer
 from ..parallel.allreduce import PAYLOADS, SYNCS
 from ..parallel.group import TensorParallelGroup, connect
 from ..parallel.line import Phase
-from ..parallel.partition import parse_split, shards
+from ..parallel.partition import AUTO, parse_split
 from ..parallel.watchdog import LEAST_TIMEOUT, LONGEST_TIMEOUT, TIMEOUT
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
@@ -39,14 +38,17 @@ from ..weights.random import RandomCheckpoint
 from ..weights.slices import Recipe, SliceCheckpoint
 from .engine import Engine
 from .lookup import MOST_DRAFTS, Lookup
-from .memory import Need, available_bytes, fitting_positions
+from .memory import available_bytes, fitting_positions
 from .placement import Placement, open_folder, recipe_of
 from .runner import Runner
 from .scheduler import Plan
 from .sequence import SamplingParams
 from .sequence import Sequence as Request
+from .shares import MemoryPlan, shards_of, split_line, steady
+from .speed import decode_rates
 from .stats import Stats
 from .step import Command
+from .threads import place_threads
 from .worker import serve
 
 RANDOM = "random:"  # before a shape's name: its weights are random, and on no disk
@@ -70,7 +72,7 @@ class Options:
         max_seq_len: positions of the KV cache; None: the model's, or what fits in memory.
         max_batch: sequences that run at once. prefill_chunk: prompt tokens a step.
         kv_type: "f16", "f32" or "q80"; None: f32 with f32 weights, else f16.
-        split: the ranks' shares, such as "3,1,1"; None: equal.
+        split: the ranks' shares, such as "3,1,1", or "auto" for shares by measured speed and free memory; None: equal.
         tokenizer: a tokenizer.json or a folder with one; None: the model's.
         speculate: "lookup" drafts tokens from earlier occurrences of the last ones and checks several in a step; the
             text stays what it is. None or "off": one token a step.
@@ -168,16 +170,17 @@ class LLM:
         self.config, recipe = self.group.broadcast(opened[:2] if opened is not None else None)
         c, self.format = self.config, recipe.format
         with self.group.together():
-            parts = shards(
-                c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size, parse_split(o.split, self.group.size)
-            )
-            self.threads = self._threads(cores)
+            self.shares = parse_split(None if o.split == AUTO else o.split, self.group.size)
+            self.shards = shards_of(c, self.shares)
+            self.threads = place_threads(self.group, cores, o.nthreads, o.bind)
         if self.group.is_root and not o.quiet and runtime.is_cold():
             say(f"compiling kernels for {runtime.describe()}; this takes about 20 seconds and is done once")
         self.kv_type = o.kv_type or ("f32" if self.format.name == "f32" else "f16")
-        context = Context(self.group, parts[self.group.rank], self.format, self.threads)
         self.speculates = o.speculate == "lookup"
         tokens = o.prefill_chunk + o.max_batch * (1 + MOST_DRAFTS * self.speculates)
+        if o.split == AUTO and self.group.size > 1:
+            self._share_out(tokens)
+        context = Context(self.group, self.shards[self.group.rank], self.format, self.threads)
         show = self.group.is_root and not o.quiet
 
         def build(source: Checkpoint) -> Transformer:
@@ -185,9 +188,9 @@ class LLM:
 
         source = opened[2] if opened is not None else None
         with Placement(
-            self.group, self.folder, source, c, recipe, parts, o.split, self._weight_cache(), o.quiet
+            self.group, self.folder, source, c, recipe, self.shards, o.split, self._weight_cache(), o.quiet
         ) as placement:
-            self.max_seq_len = self._positions(context, tokens, placement.origin.in_memory)
+            self.max_seq_len = self._positions(tokens, placement.origin.in_memory)
             self._model = placement.load(build)
             self.origins = placement.origins
         width = ceil_to(c.hidden_size, BLOCK)
@@ -201,18 +204,15 @@ class LLM:
 
     # ---- setting up
 
-    def _threads(self, everybody: list[tuple[str, list[int]]]) -> int:
-        wanted, cores = self.options.nthreads, runtime.usable_cores()
-        sharing = [rank for rank, other in enumerate(everybody) if other == (self.group.host, cores)]
-        if self.options.bind and len(cores) >= len(sharing):
-            place = sharing.index(self.group.rank)
-            cores = cores[len(cores) * place // len(sharing) : len(cores) * (place + 1) // len(sharing)]
-            runtime.bind(cores)
-            sharing = [self.group.rank]
-        if wanted is None:
-            wanted = max(1, min(len(cores) // len(sharing), runtime.most_threads()))
-        runtime.set_threads(wanted)
-        return wanted
+    def _share_out(self, tokens: int) -> None:
+        """Replace equal shares by those that the ranks' measured speeds and free memory give."""
+        o, group = self.options, self.group
+        speeds = decode_rates(self.config, self.shards[group.rank], self.format, group, self.threads)
+        plan = MemoryPlan(self.config, self.format, self.kv_type, tokens, o.max_batch, o.max_seq_len)
+        self.shares, bound = plan.shares(steady(speeds), group.allgather((group.host, available_bytes())))
+        self.shards = shards_of(self.config, self.shares)
+        if group.is_root and not o.quiet:
+            say(split_line(group.hosts, speeds, self.shares, bound))
 
     def _load_tokenizer(self) -> Tokenizer | None:
         given = self.options.tokenizer
@@ -229,18 +229,17 @@ class LLM:
         folder, limit = folder_of(self.options.cache_dir), self.options.cache_limit
         return None if folder is None else WeightCache(folder, None if limit is None else int(1e9 * limit))
 
-    def _positions(self, context: Context, tokens: int, more: int) -> int:
-        """Return the positions of the KV cache for which there is memory; `more` bytes are needed otherwise."""
+    def _positions(self, tokens: int, more: int) -> int:
+        """Return the positions of the KV cache for which there is memory; this rank needs `more` bytes otherwise."""
         o, c = self.options, self.config
-        wanted = o.max_seq_len or c.max_position_embeddings
-        fixed = weight_bytes(c, context.shard, self.format) + more
-        fixed += buffer_bytes(c, context.shard, tokens, self.group.size)
-        each = cache_bytes(c, context.shard, self.kv_type) * o.max_batch
-        needs = self.group.allgather(Need(self.group.host, fixed, each, available_bytes()))
+        memory = MemoryPlan(c, self.format, self.kv_type, tokens, o.max_batch, o.max_seq_len)
+        each = self.group.allgather((self.group.host, available_bytes(), more))
+        needs = memory.needs(self.shards, [(host, free) for host, free, _ in each])
+        needs = [replace(need, fixed=need.fixed + extra) for need, (_, _, extra) in zip(needs, each, strict=True)]
         with self.group.together():
-            positions = fitting_positions(needs, wanted, o.max_seq_len is not None)
-        if positions < wanted and self.group.is_root and not o.quiet:
-            say(f"max-seq-len is {positions}: the model's {wanted} positions do not fit in memory")
+            positions = fitting_positions(needs, memory.wanted, o.max_seq_len is not None)
+        if positions < memory.wanted and self.group.is_root and not o.quiet:
+            say(f"max-seq-len is {positions}: the model's {memory.wanted} positions do not fit in memory")
         if o.max_seq_len and o.max_seq_len > c.max_position_embeddings and self.group.is_root and not o.quiet:
             say(f"max-seq-len {o.max_seq_len} is beyond the model's {c.max_position_embeddings} positions")
         return positions

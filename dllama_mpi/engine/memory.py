@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import psutil
 
 from ..errors import ClusterError
 
-_LEAST_POSITIONS = 256  # a context below this is of no use to anybody
+LEAST_POSITIONS = 256  # a context below this is of no use to anybody
 _RESERVE = 0.95  # part of the free memory that may be used
 
 
@@ -38,6 +39,11 @@ def available_bytes() -> int:
         return free
 
 
+def usable_bytes(needs: Sequence[Need]) -> int:
+    """Return the bytes that ranks of one host may use together."""
+    return int(min(need.available for need in needs) * _RESERVE)
+
+
 def fitting_positions(needs: list[Need], wanted: int, is_explicit: bool) -> int:
     """Return how many positions the KV cache can have: `wanted`, or fewer if memory is short and nobody insisted.
 
@@ -50,9 +56,9 @@ def fitting_positions(needs: list[Need], wanted: int, is_explicit: bool) -> int:
     for host in dict.fromkeys(n.host for n in needs):
         ranks = [i for i, n in enumerate(needs) if n.host == host]
         fixed, each = (sum(getattr(needs[i], name) for i in ranks) for name in ("fixed", "per_position"))
-        free = int(min(needs[i].available for i in ranks) * _RESERVE)
+        free = usable_bytes([needs[i] for i in ranks])
         fits = max(0, free - fixed) // each
-        least = wanted if is_explicit else min(wanted, _LEAST_POSITIONS)
+        least = wanted if is_explicit else min(wanted, LEAST_POSITIONS)
         if fits < least:
             who = f"rank {ranks[0]} needs" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]} need"
             remedy = (

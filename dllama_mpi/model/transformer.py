@@ -88,7 +88,7 @@ class Transformer:
         self.norm = load_vector(source, "model.norm.weight", config.hidden_size)
         self.lm_head = ParallelLMHead(source, config, context)
         self.rope = Rope(config.rope)
-        self._stack()
+        self.stack()
 
     def allocate(self, partial: np.ndarray, slots: int, positions: int, kv_type: str) -> None:
         """Make buffers for steps of as many tokens as `partial` has rows, and a KV cache of `slots` x `positions`.
@@ -100,8 +100,8 @@ class Transformer:
         self.context.allocate(self.config, tokens, slots, positions, kv_type, *widths, partial)
         self._residual = np.zeros(partial.shape[1:], np.float32)
 
-    def _stack(self) -> None:
-        """Put what layers have small next to each other, as the compiled loop over layers takes it."""
+    def stack(self) -> None:
+        """Put what the layers have next to each other, as the compiled loop over layers takes it; matrices stay."""
         attention, mlp = [layer.attention for layer in self.layers], [layer.mlp for layer in self.layers]
         pairs = zip(attention, mlp, strict=True)
         self._matrices = np.stack([np.concatenate([a.matrices, m.matrices]) for a, m in pairs])
@@ -110,7 +110,7 @@ class Transformer:
         self._q_norms, self._k_norms = np.stack([a.q_norm for a in attention]), np.stack([a.k_norm for a in attention])
         self._o_bias, self._down_bias = np.stack([a.o.bias for a in attention]), np.stack([m.down.bias for m in mlp])
         self._gate_up_bias = np.stack([m.biases for m in mlp])
-        self._windows = np.array(self.config.windows, np.int64)
+        self._windows = np.array(self.config.windows[: len(self.layers)], np.int64)
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Feed a batch; return the final hidden states (logit rows, padded hidden) float32, the same on every rank.

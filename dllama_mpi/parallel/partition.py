@@ -81,6 +81,9 @@ def shards(
     ]
 
 
+AUTO = "auto"  # as --split: shares by measured speed
+
+
 def parse_split(text: str | None, size: int) -> list[float]:
     """Return the ranks' shares from `--split 3,1,1` (None: equal shares).
 
@@ -94,7 +97,7 @@ def parse_split(text: str | None, size: int) -> list[float]:
     except ValueError:
         shares = []
     if not shares or not all(0 < s < float("inf") for s in shares):
-        raise UsageError(f"--split {text}: give positive numbers separated by commas, for example 3,1,1")
+        raise UsageError(f"--split {text}: give positive numbers separated by commas, for example 3,1,1, or auto")
     if len(shares) != size:
         raise UsageError(f"--split {text} has {len(shares)} shares; the job has {size} ranks; give {size}")
     return shares

@@ -1,0 +1,216 @@
+"""What a model needs and how fast it should be at 1..n ranks of a cluster, from the cost model; nothing is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import ClusterError
+from ..kernels.layout import FORMATS, TileFormat
+from ..model.config import ModelConfig
+from ..model.size import buffer_bytes, cache_bytes, weight_bytes
+from ..parallel.allreduce import PAYLOADS
+from ..parallel.partition import AUTO, Shard, parse_split
+from .costs import Cluster, Cost, chunks, decode_cost, payload_bytes, prefill_cost, work_of
+from .memory import fitting_positions
+from .shares import MemoryPlan, shards_of
+
+_WORTH = 1.05  # by how much another split must be faster to be advised
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is planned: a model, how it is kept, sent and shared out, and the lengths that speed is told for.
+
+    Attributes:
+        max_seq_len: positions of the context; None: the model's, or what fits. split: as `--split`.
+        prompt, generated: tokens. depth: tokens in the KV cache before.
+        hidden: part of a prompt's synchronisation that passes while ranks compute, 0 to 1.
+    """
+
+    config: ModelConfig
+    format: TileFormat
+    kv_type: str
+    payload: str
+    chunk: int = 256
+    max_seq_len: int | None = None
+    split: str | None = None
+    prompt: int = 512
+    generated: int = 128
+    depth: int = 0
+    hidden: float = 0.0
+
+    @property
+    def memory(self) -> MemoryPlan:
+        """What decides about memory."""
+        return MemoryPlan(self.config, self.format, self.kv_type, self.chunk + 1, 1, self.max_seq_len)
+
+
+def plan(question: Question, cluster: Cluster) -> dict[str, Any]:
+    """Return the answer, JSON-ready, units in the keys.
+
+    Raises:
+        UsageError: the split does not fit the number of ranks.
+    """
+    most = min(len(cluster.network.hosts), question.config.num_heads)
+    counts = [_at(question, cluster, count) for count in range(1, most + 1)]
+    fitting = [c for c in counts if c["problem"] is None]
+
+    def best(phase: str) -> int | None:
+        rated = [c for c in fitting if c[phase] is not None]
+        return max(rated, key=lambda c: c[phase]["tokens_per_second"])["ranks"] if rated else None
+
+    return {
+        "hosts": [
+            {
+                "name": host.name,
+                "ranks": host.ranks,
+                "cores": host.cores,
+                "instruction_set": host.instruction_set,
+                "free_bytes": host.free,
+                "read_gb_per_s": None if host.read is None else host.read / 1e9,
+            }
+            for host in cluster.hosts
+        ],
+        "links": [
+            {"hosts": list(pair), "latency_us": 1e6 * link.latency, "mbit_per_s": 8e-6 * link.bytes_per_second}
+            for pair, link in cluster.network.links.items()
+        ],
+        "ranks": [
+            {
+                "rank": rank,
+                "host": cluster.network.hosts[rank],
+                "threads": cluster.threads[rank],
+                "decode_gb_per_s": speeds.decode / 1e9,
+                "prefill_gmac_per_s": None if speeds.prefill is None else speeds.prefill / 1e9,
+                "layer_us": 1e6 * speeds.layer_seconds,
+            }
+            for rank, speeds in enumerate(cluster.speeds[-1])
+        ],
+        "counts": counts,
+        "best_ranks": {"decode": best("decode"), "prefill": best("prefill")},
+        "advice": list(dict.fromkeys(_advice(question, cluster, counts))),
+    }
+
+
+def _shares(question: Question, cluster: Cluster, count: int) -> list[float]:
+    """Return the shares of the first `count` ranks."""
+    if question.split == AUTO:
+        speeds = [s.decode for s in cluster.speeds[count - 1]]
+        shares, _ = question.memory.shares(speeds, _free(cluster)[:count])
+    else:
+        given = parse_split(question.split, len(cluster.network.hosts))[:count]
+        shares = [share / sum(given) for share in given]
+    return shares
+
+
+def _free(cluster: Cluster) -> list[tuple[str, int]]:
+    """Return each rank's host and the bytes that host has free."""
+    free = {host.name: host.free for host in cluster.hosts}
+    return [(name, free[name]) for name in cluster.network.hosts]
+
+
+def _at(question: Question, cluster: Cluster, count: int) -> dict[str, Any]:
+    """Return the answer for the first `count` ranks."""
+    shares = _shares(question, cluster, count)
+    parts = shards_of(question.config, shares)
+    positions, problem = _positions(question, cluster, parts)
+    decode, prefill = _costs(question, cluster, parts)
+    return {
+        "ranks": count,
+        "shares": shares,
+        "max_seq_len": positions,
+        "problem": problem,
+        "memory": _memory(question, cluster, parts, positions or question.max_seq_len or 0),
+        "decode": _told(decode, 1),
+        "prefill": None if prefill is None else _told(prefill, question.prompt),
+    }
+
+
+def _positions(question: Question, cluster: Cluster, parts: list[Shard]) -> tuple[int | None, str | None]:
+    """Return the positions that fit, or what is in their way."""
+    memory = question.memory
+    needs = memory.needs(parts, _free(cluster)[: len(parts)])
+    try:
+        return fitting_positions(needs, memory.wanted, question.max_seq_len is not None), None
+    except ClusterError as error:
+        return None, str(error)
+
+
+def _memory(question: Question, cluster: Cluster, parts: list[Shard], positions: int) -> list[dict[str, Any]]:
+    """Return what each rank needs."""
+    c, told = question.config, []
+    for rank, (part, (host, free)) in enumerate(zip(parts, _free(cluster), strict=False)):
+        weights = weight_bytes(c, part, question.format)
+        cache = positions * cache_bytes(c, part, question.kv_type)
+        buffers = buffer_bytes(c, part, question.chunk + 1, len(parts))
+        told.append(
+            {
+                "rank": rank,
+                "host": host,
+                "weights_bytes": weights,
+                "kv_cache_bytes": cache,
+                "buffers_bytes": buffers,
+                "total_bytes": weights + cache + buffers,
+                "free_bytes": free,
+            }
+        )
+    return told
+
+
+def _costs(question: Question, cluster: Cluster, parts: list[Shard]) -> tuple[Cost, Cost | None]:
+    """Return what a generated token and the whole prompt should take."""
+    q, count, reduces = question, len(parts), cluster.all_reduces
+    works = [work_of(q.config, part, q.format, q.kv_type) for part in parts]
+    speeds, width = cluster.speeds[count - 1], PAYLOADS[q.payload]
+
+    def all_reduce(tokens: int) -> float:
+        return reduces.seconds(count, payload_bytes(q.config, tokens, width))
+
+    decode = decode_cost(works, speeds, (q.depth, q.generated), all_reduce(1))
+    return decode, prefill_cost(works, speeds, chunks(q.depth, q.prompt, q.chunk), all_reduce, q.hidden)
+
+
+def _told(cost: Cost, tokens: int) -> dict[str, Any]:
+    return {
+        "tokens_per_second": tokens / cost.total,
+        "ms": 1e3 * cost.total,
+        "weights_ms": 1e3 * cost.weights,
+        "attention_ms": 1e3 * cost.attention,
+        "synchronisation_ms": 1e3 * cost.synchronisation,
+        "overhead_ms": 1e3 * cost.overhead,
+    }
+
+
+# ---- what to change
+
+
+def _advice(question: Question, cluster: Cluster, counts: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield lines for people: what does not fit and what would, and whether another split is faster."""
+    last = counts[-1]
+    if last["problem"] is not None:
+        yield f"{_ranks(last['ranks'])}: {last['problem']}"
+        yield from _fitting(question, cluster, last["ranks"])
+    elif last["max_seq_len"] < question.memory.wanted:
+        yield f"{_ranks(last['ranks'])}: max-seq-len {last['max_seq_len']} of the model's {question.memory.wanted} fits"
+    if question.split is None and last["ranks"] > 1:
+        auto = _at(replace(question, split=AUTO), cluster, last["ranks"])
+        before, after = last["decode"]["tokens_per_second"], auto["decode"]["tokens_per_second"]
+        if auto["problem"] is None and (last["problem"] is not None or after > _WORTH * before):
+            yield f"{_ranks(last['ranks'])}: --split auto should decode {after:.1f} tokens/s, equal shares {before:.1f}"
+
+
+def _fitting(question: Question, cluster: Cluster, count: int) -> Iterator[str]:
+    """Yield the changes of options that make a model fit, each by itself."""
+    smaller = [replace(question, format=f) for f in FORMATS.values() if f.tile_bytes < question.format.tile_bytes]
+    changes = [(f"--weights {q.format.name}", q) for q in reversed(smaller)]
+    if question.kv_type != "q80":
+        changes.append(("--kv-type q80", replace(question, kv_type="q80")))
+    for option, changed in changes:
+        if _at(changed, cluster, count)["problem"] is None:
+            yield f"{_ranks(count)}: {option} fits"
+
+
+def _ranks(count: int) -> str:
+    return f"{count} rank" if count == 1 else f"{count} ranks"

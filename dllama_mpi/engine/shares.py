@@ -1,0 +1,143 @@
+"""Shares of the model for unlike machines: in proportion to their speeds, as far as their memory goes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..kernels.layout import TileFormat
+from ..model.config import ModelConfig
+from ..model.size import buffer_bytes, cache_bytes, weight_bytes
+from ..parallel.partition import Shard, shards
+from .memory import LEAST_POSITIONS, Need, usable_bytes
+
+_ROUNDS = 400  # of fitting; each makes some host's share at least a hundredth smaller
+_STEP = 0.99
+_SPEED_STEP = 1.1
+_GOOD_POSITIONS = 4096  # for which memory is kept free if the user names no number, where there is enough
+
+
+def shards_of(config: ModelConfig, shares: Sequence[float]) -> list[Shard]:
+    """Return every rank's shard of a model.
+
+    Raises:
+        UsageError: more ranks than query heads.
+    """
+    return shards(config.num_heads, config.num_kv_heads, config.intermediate_size, config.vocab_size, shares)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What decides how much memory ranks need.
+
+    Attributes:
+        tokens: most in a step. slots: sequences at once. max_seq_len: positions that the user insists on, or None.
+    """
+
+    config: ModelConfig
+    format: TileFormat
+    kv_type: str
+    tokens: int
+    slots: int
+    max_seq_len: int | None
+
+    @property
+    def wanted(self) -> int:
+        """Positions that the context should have."""
+        return self.max_seq_len or self.config.max_position_embeddings
+
+    def needs(self, parts: Sequence[Shard], hosts: Sequence[tuple[str, int]]) -> list[Need]:
+        """Return every rank's need, given its shard, its host's name and the bytes that host has free."""
+        c, ranks = self.config, len(parts)
+        return [
+            Need(
+                host,
+                weight_bytes(c, part, self.format) + buffer_bytes(c, part, self.tokens, ranks),
+                cache_bytes(c, part, self.kv_type) * self.slots,
+                free,
+            )
+            for part, (host, free) in zip(parts, hosts, strict=True)
+        ]
+
+    def shares(self, speeds: Sequence[float], hosts: Sequence[tuple[str, int]]) -> tuple[list[float], set[str]]:
+        """Return shares by the ranks' speeds that fit into their hosts' memory; see `fitting_shares`."""
+        lengths = [self.max_seq_len] if self.max_seq_len else [_GOOD_POSITIONS, LEAST_POSITIONS]
+        positions = [min(self.wanted, length) for length in lengths]
+        return fitting_shares(speeds, positions, lambda shares: self.needs(shards_of(self.config, shares), hosts))
+
+
+def steady(speeds: Sequence[float]) -> list[float]:
+    """Return speeds rounded to steps of a tenth below the fastest, so that a little noise changes no share.
+
+    Equal machines get equal shares then, and weights that were cut for a rank once fit again.
+    """
+    fastest = max(speeds)
+    return [fastest * _SPEED_STEP ** round(math.log(speed / fastest, _SPEED_STEP)) for speed in speeds]
+
+
+def split_line(hosts: Sequence[str], speeds: Sequence[float], shares: Sequence[float], bound: set[str]) -> str:
+    """Return one line that says what was measured of each rank and which share it got."""
+    each = [
+        f"rank {rank} on {host} {speed / 1e9:.1f} GB/s: {share:.0%}" + (" (all its memory holds)" * (host in bound))
+        for rank, (host, speed, share) in enumerate(zip(hosts, speeds, shares, strict=True))
+    ]
+    return f"split auto: {', '.join(each)}"
+
+
+def fitting_shares(
+    speeds: Sequence[float], positions: Sequence[int], needs_of: Callable[[list[float]], list[Need]]
+) -> tuple[list[float], set[str]]:
+    """Return the ranks' shares, which sum to 1, and the hosts that got less than their speed's for want of memory.
+
+    Shares are proportional to speeds; a host whose ranks then need more memory than it has gets as much as fits, and
+    the others take the rest in proportion. The same result wherever it is computed. Where nothing fits the shares are
+    the proportional ones, for the memory check to refuse.
+
+    speeds: of each rank, above 0. positions: lengths of the context to make fit, the first that can be. needs_of: every
+    rank's need for given shares.
+    """
+    for length in positions:
+        found = _fitted(speeds, length, needs_of)
+        if found is not None:
+            return found
+    return _limited(speeds, {}, [""] * len(speeds)), set()
+
+
+def _fitted(
+    speeds: Sequence[float], positions: int, needs_of: Callable[[list[float]], list[Need]]
+) -> tuple[list[float], set[str]] | None:
+    limits: dict[str, float] = {}
+    hosts = [need.host for need in needs_of([1 / len(speeds)] * len(speeds))]
+    for _ in range(_ROUNDS):
+        shares = _limited(speeds, limits, hosts)
+        needs, is_over = needs_of(shares), False
+        for host in dict.fromkeys(hosts):
+            own = [need for need in needs if need.host == host]
+            needed, room = sum(n.fixed + positions * n.per_position for n in own), usable_bytes(own)
+            if needed > room:
+                is_over = True
+                held = sum(share for share, name in zip(shares, hosts, strict=True) if name == host)
+                limits[host] = held * min(_STEP, max(0.5, room / needed))
+        if not is_over:
+            return shares, set(limits)
+        if len(limits) == len(set(hosts)) and sum(limits.values()) < 1:
+            return None
+    return None
+
+
+def _limited(speeds: Sequence[float], limits: dict[str, float], hosts: Sequence[str]) -> list[float]:
+    """Return shares in proportion to speeds, but for hosts with limits, whose ranks share that."""
+    by_host: dict[str, float] = {}
+    for speed, host in zip(speeds, hosts, strict=True):
+        by_host[host] = by_host.get(host, 0.0) + speed
+    bound: dict[str, float] = {}
+    while True:
+        left, rate = 1 - sum(bound.values()), sum(s for host, s in by_host.items() if host not in bound)
+        over = [h for h in limits if h not in bound and rate > 0 and left * by_host[h] / rate > limits[h]]
+        if not over:
+            break
+        bound.update({host: limits[host] for host in over})
+    given = {host: bound.get(host, left * speed / rate if rate > 0 else 0.0) for host, speed in by_host.items()}
+    total = sum(given.values())
+    return [given[host] / total * speed / by_host[host] for speed, host in zip(speeds, hosts, strict=True)]
