@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; every rank takes its share of the files."""
-    from ..engine.llm import model_folder
+    from ..engine.models import model_folder
     from ..engine.placement import slice_owner
     from ..errors import UsageError
     from ..kernels.layout import FORMATS

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the description on stdout; under a launcher only rank 0 does."""
-    from ..engine.llm import model_folder
+    from ..engine.models import model_folder
     from ..kernels import runtime
     from ..kernels.layout import FORMATS
     from ..model.config import ModelConfig

@@ -87,7 +87,7 @@ def _measured(args: argparse.Namespace) -> int:
 
 
 def _question(args: argparse.Namespace) -> Any:
-    from ..engine.llm import model_folder
+    from ..engine.models import model_folder
     from ..engine.plan import Question
     from ..kernels.layout import FORMATS
     from ..model.config import ModelConfig

@@ -3,43 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import secrets
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from ..errors import DllamaError, ModelError, RequestError, UsageError
+from ..errors import DllamaError, ModelError, RequestError
 from ..kernels import runtime
-from ..kernels.layout import BLOCK, FORMATS, ceil_to
+from ..kernels.layout import BLOCK, ceil_to
 from ..log import progress, say
 from ..model.batch import Batch
 from ..model.config import ModelConfig
 from ..model.context import Context
-from ..model.kv_cache import KV_TYPES
-from ..model.names import check_files, matrix_shapes, vector_shapes
-from ..model.shapes import shape_config
 from ..model.transformer import Transformer
-from ..parallel.allreduce import PAYLOADS, SYNCS
 from ..parallel.group import TensorParallelGroup, connect
 from ..parallel.line import Phase
 from ..parallel.partition import AUTO, parse_split
-from ..parallel.watchdog import LEAST_TIMEOUT, LONGEST_TIMEOUT, TIMEOUT
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
 from ..weights.cache import WeightCache, folder_of
 from ..weights.checkpoint import Checkpoint
-from ..weights.random import RandomCheckpoint
 from ..weights.slices import Recipe, SliceCheckpoint
 from .engine import Engine
 from .lookup import MOST_DRAFTS, Lookup
 from .memory import available_bytes, fitting_positions
-from .placement import Placement, open_folder, recipe_of
+from .models import RANDOM, declared_stop_ids, model_folder, open_model
+from .options import Options
+from .placement import Placement, recipe_of
 from .runner import Runner
 from .scheduler import Plan
 from .sequence import SamplingParams
@@ -51,78 +46,7 @@ from .step import Command
 from .threads import place_threads
 from .worker import serve
 
-RANDOM = "random:"  # before a shape's name: its weights are random, and on no disk
-SPECULATIONS = ("off", "lookup")
-DEMO = Path(__file__).resolve().parent.parent / "demo"
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a model is loaded and run; the root's values count on every rank.
-
-    Attributes:
-        model: a model directory, "demo" for the one that comes with the package, or "random:SHAPE" for random
-            weights of a shape in `model.shapes`.
-        weights: "q40", "q80", "f16" or "f32"; None: what a converted directory holds, else q40.
-        buffer_float_type: what activations are sent as between hosts: "f32", "f16" or "q80"; None: q80, which loses
-            nothing that can be measured.
-        sync: how all-reduces are done, one of `SYNCS`; "auto": the fastest by measurement.
-        nthreads: threads a rank; None: the cores it may use, divided by the ranks that share them.
-        max_seq_len: positions of the KV cache; None: the model's, or what fits in memory.
-        max_batch: sequences that run at once. prefill_chunk: prompt tokens a step.
-        kv_type: "f16", "f32" or "q80"; None: f32 with f32 weights, else f16.
-        split: the ranks' shares, such as "3,1,1", or "auto" for shares by measured speed and free memory; None: equal.
-        tokenizer: a tokenizer.json or a folder with one; None: the model's.
-        speculate: "lookup" drafts tokens from earlier occurrences of the last ones and checks several in a step; the
-            text stays what it is. None or "off": one token a step.
-        cache_dir: where a host keeps weights it received from rank 0; None: ~/.cache/dllama_mpi/weights,
-            "none": nowhere. cache_limit: the most to keep there, GB; None: 20, or half of what the disk has free.
-        bind: keep each rank on cores of its own, and each of its threads on one.
-        timeout: seconds of silence after which a rank counts as lost and the job ends; 0: only a rank that died does.
-        quiet: print nothing on stderr.
-    """
-
-    model: str
-    weights: str | None = None
-    buffer_float_type: str | None = None
-    sync: str = "auto"
-    nthreads: int | None = None
-    max_seq_len: int | None = None
-    max_batch: int = 1
-    prefill_chunk: int = 256
-    kv_type: str | None = None
-    split: str | None = None
-    tokenizer: str | None = None
-    speculate: str | None = None
-    cache_dir: str | None = None
-    cache_limit: float | None = None
-    bind: bool = False
-    timeout: float = TIMEOUT
-    quiet: bool = True
-
-    def check(self) -> None:
-        """Raise a UsageError that names the first value that cannot be."""
-        choices: tuple[tuple[str, Collection[str]], ...] = (
-            ("weights", FORMATS),
-            ("buffer_float_type", PAYLOADS),
-            ("kv_type", KV_TYPES),
-            ("sync", SYNCS),
-            ("speculate", SPECULATIONS),
-        )
-        for name, allowed in choices:
-            value = getattr(self, name)
-            if value not in allowed and not (value is None and name != "sync"):
-                raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
-        if self.cache_limit is not None and not self.cache_limit > 0:
-            raise UsageError(f"cache_limit is {self.cache_limit}; it must be above 0")
-        for name in ("nthreads", "max_seq_len", "max_batch", "prefill_chunk"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; it must be at least 1")
-        if not (self.timeout == 0 or LEAST_TIMEOUT <= self.timeout <= LONGEST_TIMEOUT):
-            limits = f"from {LEAST_TIMEOUT:g} to {LONGEST_TIMEOUT:g} seconds"
-            raise UsageError(f"timeout is {self.timeout:g}; it must be {limits}, or 0 for none")
 
 
 @dataclass(frozen=True)
@@ -415,39 +339,3 @@ class LLM:
             positions = np.arange(start, start + len(part), dtype=np.int32)
             zeros, every = np.zeros(len(part), np.int32), np.arange(len(part), dtype=np.int32)
             yield Plan(Batch(part, positions, zeros, zeros + len(ids), every), [], True)
-
-
-def model_folder(model: str) -> Path:
-    """Return the directory of a model given by path, or of the bundled one for "demo"."""
-    return DEMO if model == "demo" and not Path(model).is_dir() else Path(model).expanduser()
-
-
-def open_model(model: str) -> tuple[Path, ModelConfig, Checkpoint | list[SliceCheckpoint]]:
-    """Return the folder, config and weights, or slices of them, of a model given by path, "demo" or "random:SHAPE".
-
-    A random one, of a shape in `SHAPES`, has no folder, no tokenizer and no files.
-
-    Raises:
-        UsageError: no such shape. ModelError: files that are missing, damaged or do not fit the config.
-    """
-    if model.startswith(RANDOM):
-        config = ModelConfig.from_hf(shape_config(model.removeprefix(RANDOM)), model)
-        matrices, table = matrix_shapes(config), (config.vocab_size, config.hidden_size)
-        if config.tie_word_embeddings:
-            del matrices["lm_head.weight"]
-        return Path(model), config, RandomCheckpoint(model, matrices, vector_shapes(config), table)
-    folder = model_folder(model)
-    config, opened = ModelConfig.load(folder), open_folder(folder)
-    if isinstance(opened, Checkpoint):
-        check_files(opened, config)
-    return folder, config, opened
-
-
-def declared_stop_ids(folder: Path) -> list[int]:
-    """Return the stop tokens that generation_config.json and config.json name; for models without a tokenizer."""
-    ids: set[int] = set()
-    for name in ("generation_config.json", "config.json"):
-        with contextlib.suppress(OSError, ValueError):
-            value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            ids.update(value if isinstance(value, list) else [] if value is None else [value])
-    return sorted(ids)

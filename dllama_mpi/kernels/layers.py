@@ -14,8 +14,9 @@ from numba.extending import intrinsic, overload
 
 from .attention import attention
 from .elementwise import quantise, quantise_row, rms_norm_row, rope_and_store, rope_and_store_row
-from .exchange import PARTS, finish_exchange, start_exchange
+from .exchange import finish_exchange, start_exchange
 from .layout import BLOCK, ROWS
+from .link import PARTS
 from .matmul import float_rows, quantised_rows
 from .payload import add_blocks
 from .simd import F32, I64, EmitterHere, address, constant, vector
@@ -206,7 +207,7 @@ def decoder_layers(marker, kv_marker, matrices, norms, eps, residual, x, codes, 
     q, k, v, o, gate, up, down; norms (layers, 2, hidden); qkv_bias, q_norms, k_norms, o_bias, gate_up_bias (layers, 2,
     n), down_bias, empty in the last axis where the model has none; windows; keys, values and their scales. x, codes,
     scales, offsets, qkv, attended..., inner..., up: scratch. partial: (2, tokens, hidden to 32s), this rank's terms of
-    the two all-reduces of a layer. link: see `kernels.exchange`. parts: bounds of the parts of the tokens, whose
+    the two all-reduces of a layer. link: see `kernels.link`. parts: bounds of the parts of the tokens, whose
     exchanges overlap with the other part's computing; the tokens of one sequence stand in order. The rest is as in
     `rope_and_store` and `attention`.
     """

@@ -30,6 +30,7 @@ import numpy as np
 
 from ..errors import UsageError
 from ..kernels import exchange as x
+from ..kernels import link as at
 from ..kernels.layout import BLOCK, ceil_div, ceil_to
 from ..kernels.payload import PAYLOADS, decode_sum, encode
 from .calls import c_functions, can_use_threads, handle, mpi_functions, sizes
@@ -104,14 +105,14 @@ class AllReduce:
         self.rank, self.size, self.rows, self.width = comm.rank, comm.size, rows, width
         self.payload = payload or ("f32" if sync == "mpi" else "q80")
         self.row_blocks = width // BLOCK
-        self.link = np.zeros(x.FIELDS, np.int64)
+        self.link = np.zeros(at.FIELDS, np.int64)
         self._keep: list[Any] = []  # memory that the link points to
         functions = mpi_functions()
         self.compiled = functions is not None
         if functions is not None:
             self._fill_calls(functions)
         self._fill_memory(hosts)
-        self.link[x.START], self.link[x.FINISH] = (function.address for function in x.layer_calls())
+        self.link[at.START], self.link[at.FINISH] = (function.address for function in x.layer_calls())
         self._check(sync)
         self.choices = self._choose(sync)
         self._fill_ways()
@@ -132,30 +133,29 @@ class AllReduce:
         from mpi4py import MPI
 
         link = self.link
-        link[x.ISEND], link[x.IRECV], link[x.TESTALL] = functions.values()
-        link[x.COMMUNICATOR], link[x.BYTE] = handle(self.comm), handle(MPI.BYTE)
-        link[x.REQUEST_BYTES], status_bytes = sizes()
-        link[x.REQUESTS] = self._array(2 * self.size * int(link[x.REQUEST_BYTES])).ctypes.data
-        link[x.STATUSES] = self._array(2 * self.size * status_bytes).ctypes.data
+        link[at.ISEND], link[at.IRECV], link[at.TESTALL] = functions.values()
+        link[at.COMMUNICATOR], link[at.BYTE] = handle(self.comm), handle(MPI.BYTE)
+        link[at.REQUEST_BYTES], status_bytes = sizes()
+        link[at.REQUESTS] = self._array(2 * self.size * int(link[at.REQUEST_BYTES])).ctypes.data
+        link[at.STATUSES] = self._array(2 * self.size * status_bytes).ctypes.data
 
     def _fill_memory(self, hosts: list[str]) -> None:
         link, size = self.link, self.size
-        link[x.RANK], link[x.SIZE], link[x.WIDTH] = self.rank, size, PAYLOADS[self.payload]
-        link[x.ROW_BLOCKS] = self.row_blocks
+        link[at.RANK], link[at.SIZE], link[at.WIDTH] = self.rank, size, PAYLOADS[self.payload]
         c = c_functions()
-        link[x.YIELD], link[x.SLEEP], link[x.CLOCK] = c["sched_yield"], c["usleep"], c["clock_gettime"]
-        link[x.CLOCK_KIND], link[x.SCRATCH] = c["clock"], self._array(8, np.int64).ctypes.data
+        link[at.YIELD], link[at.SLEEP], link[at.CLOCK] = c["sched_yield"], c["usleep"], c["clock_gettime"]
+        link[at.CLOCK_KIND], link[at.SCRATCH] = c["clock"], self._array(8, np.int64).ctypes.data
         blocks, message = self.rows * self.row_blocks, self.rows * self.row_blocks * PAYLOADS[self.payload]
-        link[x.VALUES], link[x.MINE] = (
+        link[at.VALUES], link[at.MINE] = (
             self._array(blocks * BLOCK, np.float32).ctypes.data,
             self._array(message).ctypes.data,
         )
-        link[x.THEIRS_STRIDE] = ceil_to((max(size, 2) + 1) * message, 64)
+        link[at.THEIRS_STRIDE] = ceil_to((max(size, 2) + 1) * message, 64)
         # Ranks that share memory count as one host, all others as a host each.
         slot, local = 8 * blocks * BLOCK, hosts.count(hosts[self.rank])
         several = len(set(hosts)) > 1
-        flags = x.PARTS * (local + 1) * 64
-        theirs = x.PARTS * int(link[x.THEIRS_STRIDE]) if several else 0
+        flags = at.PARTS * (local + 1) * 64
+        theirs = at.PARTS * int(link[at.THEIRS_STRIDE]) if several else 0
         memory = share(self.comm, hosts, flags + local * slot + theirs) if self.compiled else None
         alone = self.comm.allgather(memory is None)
         homes = [f"{host}#{rank}" if alone[rank] else host for rank, host in enumerate(hosts)]
@@ -164,22 +164,22 @@ class AllReduce:
         self.hosts, self.is_shared = len(leaders), len(mates) > 1
         ranks = self._array(self.hosts + size, np.int64)
         ranks[:] = [*leaders, *range(size)]
-        link[x.LEADERS], link[x.HOSTS] = ranks.ctypes.data, self.hosts
-        link[x.LEADER], link[x.LOCAL], link[x.LOCALS] = leaders.index(mates[0]), mates.index(self.rank), len(mates)
-        link[x.SLOT_BYTES] = slot
+        link[at.LEADERS], link[at.HOSTS] = ranks.ctypes.data, self.hosts
+        link[at.LEADER], link[at.LOCAL], link[at.LOCALS] = leaders.index(mates[0]), mates.index(self.rank), len(mates)
+        link[at.SLOT_BYTES] = slot
         if memory is None:
             own = self._array(slot)
-            theirs_memory = self._array(x.PARTS * int(link[x.THEIRS_STRIDE]))
-            link[x.FLAGS] = self._array(x.PARTS * 2 * 64).ctypes.data
-            link[x.SLOTS] = own.ctypes.data
-            link[x.THEIRS] = link[x.SHARED_THEIRS] = theirs_memory.ctypes.data
+            theirs_memory = self._array(at.PARTS * int(link[at.THEIRS_STRIDE]))
+            link[at.FLAGS] = self._array(at.PARTS * 2 * 64).ctypes.data
+            link[at.SLOTS] = own.ctypes.data
+            link[at.THEIRS] = link[at.SHARED_THEIRS] = theirs_memory.ctypes.data
         else:
             self._keep.append(memory)
-            link[x.FLAGS] = memory.ctypes.data
-            link[x.SLOTS] = memory.ctypes.data + flags
-            own = memory[flags + int(link[x.LOCAL]) * slot :][:slot]
-            link[x.SHARED_THEIRS] = memory.ctypes.data + flags + local * slot
-            link[x.THEIRS] = self._array(x.PARTS * int(link[x.THEIRS_STRIDE])).ctypes.data
+            link[at.FLAGS] = memory.ctypes.data
+            link[at.SLOTS] = memory.ctypes.data + flags
+            own = memory[flags + int(link[at.LOCAL]) * slot :][:slot]
+            link[at.SHARED_THEIRS] = memory.ctypes.data + flags + local * slot
+            link[at.THEIRS] = self._array(at.PARTS * int(link[at.THEIRS_STRIDE])).ctypes.data
         self.values = own.view(np.float32).reshape(2, self.rows, self.width)
 
     def suits(self, name: str) -> bool:
@@ -245,8 +245,8 @@ class AllReduce:
     def _fill_ways(self) -> None:
         pairs = [(c.tokens * self.row_blocks, self._way(c.way)) for c in self.choices]
         pairs[-1] = (1 << 60, pairs[-1][1])
-        pairs += [pairs[-1]] * (x.WAY_PAIRS - len(pairs))
-        self.link[x.WAYS : x.WAYS + 2 * x.WAY_PAIRS] = np.array(pairs, np.int64).ravel()
+        pairs += [pairs[-1]] * (at.WAY_PAIRS - len(pairs))
+        self.link[at.WAYS : at.WAYS + 2 * at.WAY_PAIRS] = np.array(pairs, np.int64).ravel()
 
     def _way(self, name: str) -> int:
         if self.compiled and name != "mpi":
@@ -264,7 +264,7 @@ class AllReduce:
             return None
         # Looking costs the computing thread some time, being late costs little as long as there is much to compute.
         patience = int(min(500, max(20, last.microseconds[last.way] / 10)))
-        overlap = Overlap(self.link, self._array(2 + x.QUEUE * x.JOB_FIELDS, np.int64), patience)
+        overlap = Overlap(self.link, self._array(2 + at.QUEUE * at.JOB_FIELDS, np.int64), patience)
         return overlap if self._overlap_share(overlap) <= _OVERLAP_SHARE else None
 
     def _overlap_share(self, overlap: Overlap) -> float:
@@ -301,8 +301,8 @@ class AllReduce:
 
     def use(self, name: str) -> None:
         """Take one algorithm for every size. Every rank must do the same."""
-        self.link[x.WAYS : x.WAYS + 2 * x.WAY_PAIRS : 2] = 1 << 60
-        self.link[x.WAYS + 1 : x.WAYS + 2 * x.WAY_PAIRS : 2] = self._way(name)
+        self.link[at.WAYS : at.WAYS + 2 * at.WAY_PAIRS : 2] = 1 << 60
+        self.link[at.WAYS + 1 : at.WAYS + 2 * at.WAY_PAIRS : 2] = self._way(name)
 
     def parts(self, tokens: int) -> np.ndarray:
         """Return the bounds (parts + 1,) int64 of the parts that a step of so many tokens is computed in."""
@@ -331,8 +331,8 @@ class AllReduce:
     def take_counts(self) -> tuple[float, int, int]:
         """Return the seconds waited and bytes sent and received since the last call."""
         link = self.link
-        counts = link[x.WAITED] / 1e9, int(link[x.SENT]), int(link[x.RECEIVED])
-        link[x.WAITED] = link[x.SENT] = link[x.RECEIVED] = 0
+        counts = link[at.WAITED] / 1e9, int(link[at.SENT]), int(link[at.RECEIVED])
+        link[at.WAITED] = link[at.SENT] = link[at.RECEIVED] = 0
         return counts
 
     # ---- through mpi4py
@@ -353,7 +353,7 @@ class AllReduce:
 
         function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int64, ctypes.c_int64)(summed)
         self._keep.append(function)
-        self.link[x.CALLBACK] = ctypes.cast(function, ctypes.c_void_p).value or 0
+        self.link[at.CALLBACK] = ctypes.cast(function, ctypes.c_void_p).value or 0
 
     def _library(self, values: np.ndarray) -> None:
         from mpi4py import MPI
@@ -395,5 +395,5 @@ class AllReduce:
         return mine
 
     def _count(self, size: int) -> None:
-        self.link[x.SENT] += size
-        self.link[x.RECEIVED] += size
+        self.link[at.SENT] += size
+        self.link[at.RECEIVED] += size

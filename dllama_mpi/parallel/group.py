@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ClusterError, DllamaError
-from ..kernels.exchange import FIELDS, SIZE
+from ..kernels.link import FIELDS, SIZE
 from .allreduce import AllReduce, Choice
 from .launch import host_name, watch_exceptions, world
 from .line import Phase
@@ -165,7 +165,7 @@ class TensorParallelGroup:
 
     @property
     def link(self) -> np.ndarray:
-        """What compiled layers take for their all-reduces, see `kernels.exchange`."""
+        """What compiled layers take for their all-reduces, see `kernels.link`."""
         return self._link
 
     @property

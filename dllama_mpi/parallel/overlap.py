@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import numpy as np
 
 from ..kernels import exchange as x
+from ..kernels import link as at
 
-_COUNTERS = slice(x.SENT, x.RECEIVED + 1), slice(x.TURNS, x.TURNS + x.PARTS)
+_COUNTERS = slice(at.SENT, at.RECEIVED + 1), slice(at.TURNS, at.TURNS + at.PARTS)
 
 
 class Overlap:
@@ -23,10 +24,10 @@ class Overlap:
         the network.
         """
         self._link, self._queue, self._patience = link, queue, patience
-        link[x.JOBS] = queue.ctypes.data
+        link[at.JOBS] = queue.ctypes.data
         self._begin, self._done = threading.Semaphore(0), threading.Semaphore(0)
         self._own = link.copy()
-        self._own[x.PATIENCE] = patience
+        self._own[at.PATIENCE] = patience
         x.end_exchanges(link)  # compiled before the first prompt, so that no rank is late then
         x.carry_out_exchanges(link, self._own)
         threading.Thread(target=self._run, name="exchanges", daemon=True).start()
@@ -42,13 +43,13 @@ class Overlap:
         """Have started exchanges carried out by the thread within a block, at whose end all are done."""
         link, own = self._link, self._own
         own[:] = link
-        own[x.PATIENCE], link[x.OVERLAPS] = self._patience, 1
+        own[at.PATIENCE], link[at.OVERLAPS] = self._patience, 1
         self._begin.release()
         try:
             yield
         finally:
             x.end_exchanges(link)
             self._done.acquire()
-            link[x.OVERLAPS] = 0
+            link[at.OVERLAPS] = 0
             for counters in _COUNTERS:
                 link[counters] = own[counters]

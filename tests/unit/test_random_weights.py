@@ -7,7 +7,7 @@ import pytest
 
 from dllama_mpi import LLM, SamplingParams
 from dllama_mpi.engine.bench import Bench, Test, combine
-from dllama_mpi.engine.llm import open_model
+from dllama_mpi.engine.models import open_model
 from dllama_mpi.errors import UsageError
 from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS
 from dllama_mpi.model.config import ModelConfig

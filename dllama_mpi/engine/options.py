@@ -1,0 +1,82 @@
+"""How a model is loaded and run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from ..kernels.layout import FORMATS
+from ..model.kv_cache import KV_TYPES
+from ..parallel.allreduce import PAYLOADS, SYNCS
+from ..parallel.watchdog import LEAST_TIMEOUT, LONGEST_TIMEOUT, TIMEOUT
+
+SPECULATIONS = ("off", "lookup")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a model is loaded and run; the root's values count on every rank.
+
+    Attributes:
+        model: a model directory, "demo" for the one that comes with the package, or "random:SHAPE" for random
+            weights of a shape in `model.shapes`.
+        weights: "q40", "q80", "f16" or "f32"; None: what a converted directory holds, else q40.
+        buffer_float_type: what activations are sent as between hosts: "f32", "f16" or "q80"; None: q80, which loses
+            nothing that can be measured.
+        sync: how all-reduces are done, one of `SYNCS`; "auto": the fastest by measurement.
+        nthreads: threads a rank; None: the cores it may use, divided by the ranks that share them.
+        max_seq_len: positions of the KV cache; None: the model's, or what fits in memory.
+        max_batch: sequences that run at once. prefill_chunk: prompt tokens a step.
+        kv_type: "f16", "f32" or "q80"; None: f32 with f32 weights, else f16.
+        split: the ranks' shares, such as "3,1,1", or "auto" for shares by measured speed and free memory; None: equal.
+        tokenizer: a tokenizer.json or a folder with one; None: the model's.
+        speculate: "lookup" drafts tokens from earlier occurrences of the last ones and checks several in a step; the
+            text stays what it is. None or "off": one token a step.
+        cache_dir: where a host keeps weights it received from rank 0; None: ~/.cache/dllama_mpi/weights,
+            "none": nowhere. cache_limit: the most to keep there, GB; None: 20, or half of what the disk has free.
+        bind: keep each rank on cores of its own, and each of its threads on one.
+        timeout: seconds of silence after which a rank counts as lost and the job ends; 0: only a rank that died does.
+        quiet: print nothing on stderr.
+    """
+
+    model: str
+    weights: str | None = None
+    buffer_float_type: str | None = None
+    sync: str = "auto"
+    nthreads: int | None = None
+    max_seq_len: int | None = None
+    max_batch: int = 1
+    prefill_chunk: int = 256
+    kv_type: str | None = None
+    split: str | None = None
+    tokenizer: str | None = None
+    speculate: str | None = None
+    cache_dir: str | None = None
+    cache_limit: float | None = None
+    bind: bool = False
+    timeout: float = TIMEOUT
+    quiet: bool = True
+
+    def check(self) -> None:
+        """Raise a UsageError that names the first value that cannot be."""
+        choices: tuple[tuple[str, Collection[str]], ...] = (
+            ("weights", FORMATS),
+            ("buffer_float_type", PAYLOADS),
+            ("kv_type", KV_TYPES),
+            ("sync", SYNCS),
+            ("speculate", SPECULATIONS),
+        )
+        for name, allowed in choices:
+            value = getattr(self, name)
+            if value not in allowed and not (value is None and name != "sync"):
+                raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        if self.cache_limit is not None and not self.cache_limit > 0:
+            raise UsageError(f"cache_limit is {self.cache_limit}; it must be above 0")
+        for name in ("nthreads", "max_seq_len", "max_batch", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; it must be at least 1")
+        if not (self.timeout == 0 or LEAST_TIMEOUT <= self.timeout <= LONGEST_TIMEOUT):
+            limits = f"from {LEAST_TIMEOUT:g} to {LONGEST_TIMEOUT:g} seconds"
+            raise UsageError(f"timeout is {self.timeout:g}; it must be {limits}, or 0 for none")
