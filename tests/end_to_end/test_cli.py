@@ -78,8 +78,9 @@ def test_stop_string_and_prompt_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("payload", ["f16", "q80"])
 def test_buffer_types_run(payload: str) -> None:
     """Sent as fewer bits, and fewer bytes."""
-    plain = json.loads(mpiexec(3, [*GREEDY, "--json"]).stdout)
-    sent = json.loads(mpiexec(3, [*GREEDY, "--json", "--buffer-float-type", payload]).stdout)
+    direct = [*GREEDY, "--json", "--sync", "direct", "--buffer-float-type"]
+    plain = json.loads(mpiexec(3, [*direct, "f32"]).stdout)
+    sent = json.loads(mpiexec(3, [*direct, payload]).stdout)
     assert len(sent["token_ids"]) == 40
     assert sent["stats"]["decode"]["sent_kb"] < 0.75 * plain["stats"]["decode"]["sent_kb"]
 
