@@ -73,7 +73,7 @@ def held(value: Any) -> list[np.ndarray]:
     if isinstance(value, list):
         return [array for each in value for array in held(each)]
     if type(value).__module__.startswith("dllama_mpi.model") and not isinstance(value, (ModelConfig, Context)):
-        kept = {k: v for k, v in vars(value).items() if k != "matrices"}  # addresses of the tiles
+        kept = {k: v for k, v in vars(value).items() if "matrices" not in k}  # addresses of the tiles
         return [array for each in kept.values() for array in held(each)]
     return []
 
