@@ -233,8 +233,8 @@ def exchange(link, way, x, blocks, part, source):
         source[0], source[1], source[2], source[3] = x, 1, 0, F32_BYTES
 
 
-@njit(cache=True, nogil=True)
-def way_for(link, blocks):
+@njit(cache=True, nogil=True, inline="always")
+def _way_for(link, blocks):
     """Return the algorithm for a message of so many blocks."""
     way = link[WAYS + 1]
     for pair in range(1, WAY_PAIRS):
@@ -270,7 +270,7 @@ def _start(link_at, x, blocks, part, source_at):
     link, source = carray(integers(link_at), (FIELDS,)), carray(integers(source_at), (4,))
     if link[OVERLAPS] == 0:
         begun = now(link)
-        exchange(link, way_for(link, blocks), x, blocks, part, source)
+        exchange(link, _way_for(link, blocks), x, blocks, part, source)
         link[WAITED] += now(link) - begun
         return np.int32(0)
     queue = link[JOBS]
@@ -326,7 +326,7 @@ def carry_out_exchanges(link, own):
         if x == 0:
             store(queue + 8, number + 1)
             return
-        exchange(own, way_for(own, blocks), x, blocks, part, source)
+        call(own[START], (address(own), x, blocks, part, address(source)))
         for i in range(4):
             store(target + 8 * i, source[i])
         store(queue + 8, number + 1)
@@ -342,34 +342,24 @@ def end_exchanges(link):
 
 
 @njit(cache=True, nogil=True)
-def time_exchange(link, way, x, blocks, times):
-    """Carry out an exchange repeatedly; write the nanoseconds that each took."""
-    source = np.zeros(4, np.int64)
-    for i in range(times.size):
-        begun = now(link)
-        exchange(link, way, x, blocks, 0, source)
-        times[i] = now(link) - begun
+def time_exchange(link, x, blocks, payload, turns, source, times):
+    """Write the nanoseconds of exchanges of values at address x, each with computing: `turns` encodings to payload.
 
-
-@njit(cache=True, nogil=True)
-def time_computing(link, x, blocks, payload, turns, calls, source, times):
-    """Compute for a while (`turns` times encoding values at x to `payload`), then exchange; write what each took.
-
-    calls: addresses of `layer_calls`; with a thread that takes exchanges these run while the computing goes on.
+    With a thread that takes exchanges these run while the computing goes on, else before it.
     """
     for i in range(times.size):
         begun = now(link)
-        call(calls[0], (address(link), x, blocks, np.int64(0), address(source)))
+        call(link[START], (address(link), x, blocks, np.int64(0), address(source)))
         for _ in range(turns):
             encode_blocks(x, payload, blocks, F32_BYTES)
         if link[OVERLAPS] != 0:
-            call(calls[1], (address(link), address(source)))
+            call(link[FINISH], (address(link), address(source)))
         times[i] = now(link) - begun
 
 
 @njit(cache=True, nogil=True)
-def all_reduce(link, way, x, blocks, out):
+def all_reduce(link, x, blocks, out):
     """Write the sum over all ranks of float32 values at address x to address out."""
     source = np.zeros(4, np.int64)
-    exchange(link, way, x, blocks, 0, source)
+    call(link[START], (address(link), x, blocks, np.int64(0), address(source)))
     sum_blocks(out, source[0], source[1], source[2], blocks, source[3])

@@ -239,7 +239,7 @@ class AllReduce:
         times, blocks = np.zeros(turns + 1, np.int64), rows * self.row_blocks
         self.values[0, :rows] = 0
         self.comm.Barrier()
-        x.time_exchange(self.link, x.way_for(self.link, blocks), self.values.ctypes.data, blocks, times)
+        x.time_exchange(self.link, self.values.ctypes.data, blocks, 0, 0, np.zeros(4, np.int64), times)
         return float(np.median(times[1:])) / 1e3
 
     def _fill_ways(self) -> None:
@@ -278,12 +278,11 @@ class AllReduce:
             self.values[0, : last.tokens].reshape(-1, BLOCK),
             np.empty((blocks, PAYLOADS["f32"]), np.uint8),
         )
-        calls = np.array([function.address for function in x.layer_calls()], np.int64)
 
         def seconds(turns: int) -> float:
             self.comm.Barrier()
             addresses = values.ctypes.data, blocks, payload.ctypes.data
-            x.time_computing(self.link, *addresses, turns, calls, source, times)
+            x.time_exchange(self.link, *addresses, turns, source, times)
             return float(np.median(times)) / 1e9
 
         encode(values, payload)
@@ -325,7 +324,7 @@ class AllReduce:
         flat, total = self.values[0].reshape(-1)[: blocks * BLOCK], np.empty(blocks * BLOCK, np.float32)
         self.comm.Barrier()  # others may still be reading what stands in shared memory
         flat[:count], flat[count:] = array.reshape(-1), 0
-        x.all_reduce(self.link, x.way_for(self.link, blocks), flat.ctypes.data, blocks, total.ctypes.data)
+        x.all_reduce(self.link, flat.ctypes.data, blocks, total.ctypes.data)
         array.reshape(-1)[:] = total[:count]
 
     def take_counts(self) -> tuple[float, int, int]:
