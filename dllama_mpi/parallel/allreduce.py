@@ -108,8 +108,8 @@ class AllReduce:
         self.link = np.zeros(at.FIELDS, np.int64)
         self._keep: list[Any] = []  # memory that the link points to
         functions = mpi_functions()
-        self.compiled = functions is not None
-        if functions is not None:
+        self.compiled = all(comm.allgather(functions is not None))  # by all ranks or by none
+        if functions is not None and self.compiled:
             self._fill_calls(functions)
         self._fill_memory(hosts)
         self.link[at.START], self.link[at.FINISH] = (function.address for function in x.layer_calls())

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ClusterError, DllamaError
+from ..errors import ClusterError, DllamaError, UsageError
 from ..kernels.link import FIELDS, SIZE
 from .allreduce import AllReduce, Choice
 from .launch import host_name, watch_exceptions, world
@@ -159,7 +159,11 @@ class TensorParallelGroup:
         if self.comm is None:
             self._reduce = None
             return np.zeros((2, rows, width), np.float32)
-        self._reduce = AllReduce(self.comm, self.hosts, rows, width, payload, sync)
+        try:
+            self._reduce = AllReduce(self.comm, self.hosts, rows, width, payload, sync)
+        except UsageError as error:  # every rank has it
+            self.agree(error)
+            raise
         self._link = self._reduce.link
         return self._reduce.values
 

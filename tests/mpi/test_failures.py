@@ -122,6 +122,18 @@ def test_bad_token_ids(call: str, ranks: int, tmp_path: Path) -> None:
     _assert_one_line(mpiexec(ranks, [script], check=False))
 
 
+@pytest.mark.parametrize(
+    ("options", "env", "words"),
+    [
+        (["--sync", "mpi", "--buffer-float-type", "q80"], "", ("--sync mpi", "q80", "give f32")),
+        (["--sync", "doubling"], "python", ("--sync doubling", "use direct")),
+    ],
+)
+def test_all_reduce_that_does_not_suit(options: list[str], env: str, words: tuple[str, ...]) -> None:
+    command = ["-m", "dllama_mpi", "--prompt", "x", *options]
+    _assert_one_line(mpiexec(3, command, env={"DLLAMA_MPI_CALLS": env}, check=False), *words)
+
+
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_unexpected_exception(failing: int, tmp_path: Path) -> None:
     """An exception on one rank, in the middle of a generation, ends the job and names rank and host."""
