@@ -327,7 +327,7 @@ def carry_out_exchanges(link, own):
             store(queue + 8, number + 1)
             return
         call(own[START], (address(own), x, blocks, part, address(source)))
-        for i in range(4):
+        for i in (0, 2, 3, 1):  # the number of payloads last: it says that the others are there
             store(target + 8 * i, source[i])
         store(queue + 8, number + 1)
 

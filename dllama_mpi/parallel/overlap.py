@@ -26,11 +26,16 @@ class Overlap:
         self._link, self._queue, self._patience = link, queue, patience
         link[at.JOBS] = queue.ctypes.data
         self._begin, self._done = threading.Semaphore(0), threading.Semaphore(0)
+        self._scratch = np.zeros(8, np.int64)  # the threads must not share these words
         self._own = link.copy()
-        self._own[at.PATIENCE] = patience
+        self._prepare()
         x.end_exchanges(link)  # compiled before the first prompt, so that no rank is late then
         x.carry_out_exchanges(link, self._own)
         threading.Thread(target=self._run, name="exchanges", daemon=True).start()
+
+    def _prepare(self) -> None:
+        self._own[:] = self._link
+        self._own[at.PATIENCE], self._own[at.SCRATCH] = self._patience, self._scratch.ctypes.data
 
     def _run(self) -> None:
         while True:
@@ -42,8 +47,8 @@ class Overlap:
     def working(self) -> Iterator[None]:
         """Have started exchanges carried out by the thread within a block, at whose end all are done."""
         link, own = self._link, self._own
-        own[:] = link
-        own[at.PATIENCE], link[at.OVERLAPS] = self._patience, 1
+        self._prepare()
+        link[at.OVERLAPS] = 1
         self._begin.release()
         try:
             yield

@@ -45,3 +45,13 @@ def test_sums_through_mpi4py(ranks: int) -> None:
     assert {case["way"] for case in tried} == {"direct", "scatter", "mpi"}
     for case in tried:
         assert not any(case["wrong"]), case
+
+
+@pytest.mark.parametrize(("way", "payload"), [("direct", "q80"), ("scatter", "f32"), ("doubling", "f16")])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_overlap(ranks: int, way: str, payload: str) -> None:
+    """A prompt gives the same bits whether its halves overlap or not."""
+    done = mpiexec(ranks, [str(ROOT / "tests/mpi/overlap_job.py"), way, payload], env={"PYTHONPATH": str(ROOT)})
+    found = json.loads(done.stdout)
+    assert found["parts"] == [0, 50, 100]
+    assert found["same"]
