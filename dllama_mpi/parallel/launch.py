@@ -96,6 +96,7 @@ def leave(error: DllamaError) -> int:
     sys.stderr.flush()
     if comm is not None and not agreed:
         _abort(comm, 2)
+    watchdog().goodbye()
     return 2
 
 
@@ -135,7 +136,6 @@ def watch_exceptions(comm: Any | None) -> None:
     def hook(kind: type[BaseException], value: BaseException, trace: Any) -> None:
         if isinstance(value, DllamaError):
             status = leave(value)
-            watchdog().close()
             if comm is not None and not sys.modules["mpi4py.MPI"].Is_finalized():
                 sys.modules["mpi4py.MPI"].Finalize()
             os._exit(status)  # the interpreter itself would end with status 1

@@ -114,6 +114,14 @@ class Watchdog:
         if self._depart(Kind.FAILED, status):
             _exit_later(_ABORT_SECONDS)
 
+    def goodbye(self) -> None:
+        """Say goodbye at once: every rank is about to leave with the same error.
+
+        Not after MPI's end, like `close`: a launcher kills what is left of a job soon after the first rank has gone
+        with an exit status other than 0, so that nothing may keep the others.
+        """
+        self._depart(Kind.GOODBYE, 0)
+
     def close(self) -> None:
         """Leave MPI, which may take other ranks' time and is watched like everything else, then say goodbye."""
         if self._thread is None or self._over:
