@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from report import COLOURS, add_output_options, figure, finish, save, say_table, whole_numbers
 
-from dllama_mpi.kernels.payload import PAYLOADS
-from dllama_mpi.parallel.allreduce import SYNCS, AllReduce
+from dllama_mpi.parallel.collective.all_reduce import SYNCS, AllReduce
+from dllama_mpi.parallel.collective.payload import PAYLOADS
 from dllama_mpi.parallel.group import connect
 
 

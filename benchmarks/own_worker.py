@@ -6,8 +6,8 @@ import json
 import sys
 
 from dllama_mpi import LLM, __version__
-from dllama_mpi.engine.bench import Bench, Test
 from dllama_mpi.kernels import runtime
+from dllama_mpi.planning.bench import Bench, Test
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from report import add_output_options, finish, say_table
 
 from dllama_mpi.cli.options import add_model_options, load, number, read_text
 from dllama_mpi.engine.llm import LLM
-from dllama_mpi.engine.sequence import SamplingParams
+from dllama_mpi.engine.request import SamplingParams
 from dllama_mpi.engine.stats import Stats
 from dllama_mpi.errors import DllamaError
 from dllama_mpi.parallel.group import connect

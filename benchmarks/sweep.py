@@ -14,12 +14,12 @@ from typing import Any
 from report import COLOURS, add_output_options, figure, finish, save, say_table, whole_numbers
 
 from dllama_mpi.cli.options import add_model_options, load
-from dllama_mpi.engine.bench import Bench, Test
 from dllama_mpi.errors import DllamaError
 from dllama_mpi.log import progress
 from dllama_mpi.model.shapes import SHAPES
 from dllama_mpi.parallel.group import connect
 from dllama_mpi.parallel.launch import leave
+from dllama_mpi.planning.bench import Bench, Test
 
 
 def options() -> argparse.Namespace:

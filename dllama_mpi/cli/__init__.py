@@ -10,7 +10,16 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import DllamaError
 from ..parallel.launch import abandon, is_root_process, leave
-from . import bench, cache, chat, convert, generate, info, perplexity, plan
+from . import (
+    bench,
+    cache,
+    chat,
+    convert,
+    generate,
+    info,
+    perplexity,
+    plan,
+)
 
 COMMANDS: dict[str, Any] = {
     "generate": generate,

@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the result on stdout."""
-    from ..engine.bench import Bench, combine
     from ..parallel.group import connect
+    from ..planning.bench import Bench, combine
 
     group = connect()
     args = group.broadcast(args)

@@ -17,7 +17,7 @@ from .terminal import Terminal
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
-    from ..engine.sequence import SamplingParams
+    from ..engine.request import SamplingParams
     from ..text.chat_template import ChatTemplate
 
 HELP = "/reset forget the conversation, /stats figures of the last answer, /quit leave, Ctrl-C stop an answer"

@@ -25,14 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; every rank takes its share of the files."""
-    from ..engine.models import model_folder
-    from ..engine.placement import slice_owner
     from ..errors import UsageError
     from ..kernels.layout import FORMATS
     from ..model.config import ModelConfig
     from ..model.names import check_files, matrix_shapes, slice_parts, vector_shapes
     from ..parallel.group import connect
     from ..parallel.partition import parse_split, shards
+    from ..startup.opening import model_folder
+    from ..startup.placement import slice_owner
     from ..weights.checkpoint import Checkpoint
     from ..weights.convert import convert, convert_slices
     from ..weights.slices import Recipe

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UsageError
 from ..log import say
 from .interrupt import on_interrupt
-from .options import add_model_options, add_sampling_options, add_speculation_option, load, read_text, sampling
+from .options import (
+    add_model_options,
+    add_sampling_options,
+    add_speculation_option,
+    load,
+    read_text,
+    sampling,
+)
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM, Generation

@@ -21,12 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the description on stdout; under a launcher only rank 0 does."""
-    from ..engine.models import model_folder
     from ..kernels import runtime
     from ..kernels.layout import FORMATS
     from ..model.config import ModelConfig
     from ..model.names import check_files
     from ..parallel.launch import is_root_process, ranks_launched
+    from ..startup.opening import model_folder
     from ..weights.checkpoint import Checkpoint
 
     folder = model_folder(args.model)

@@ -14,7 +14,7 @@ from ..parallel.watchdog import TIMEOUT
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
-    from ..engine.sequence import SamplingParams
+    from ..engine.request import SamplingParams
     from ..parallel.group import TensorParallelGroup
 
 SYNCS = ("auto", "shared", "direct", "scatter", "doubling", "two-level", "mpi")
@@ -201,7 +201,7 @@ def load(args: argparse.Namespace, group: TensorParallelGroup, max_batch: int = 
 
 def sampling(args: argparse.Namespace, folder: Path, steps: int | None) -> SamplingParams:
     """Return the sampling parameters: the options', else the model's own, else the program's; steps as default."""
-    from ..engine.sequence import SamplingParams
+    from ..engine.request import SamplingParams
 
     own: dict[str, Any] = {}
     try:

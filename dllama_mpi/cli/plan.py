@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> int:
     if args.hosts is None:
         return _measured(args)
     if is_root_process():
-        from ..engine.cluster_file import read_cluster
-        from ..engine.plan import plan
+        from ..planning.cluster_file import read_cluster
+        from ..planning.plan import plan
 
         cluster, question = read_cluster(args.hosts), _question(args)
         _print(args, {**_about(args, question), "source": args.hosts, **plan(question, cluster)})
@@ -57,13 +57,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measured(args: argparse.Namespace) -> int:
-    from ..engine.plan import plan
-    from ..engine.sample import Job
-    from ..engine.survey import survey
-    from ..engine.threads import place_threads
     from ..kernels import runtime
     from ..parallel.group import connect
     from ..parallel.partition import AUTO, parse_split
+    from ..planning.plan import plan
+    from ..planning.sample import Job
+    from ..planning.survey import survey
+    from ..startup.threads import place_threads
 
     group = connect()
     args = group.broadcast(args)
@@ -87,11 +87,11 @@ def _measured(args: argparse.Namespace) -> int:
 
 
 def _question(args: argparse.Namespace) -> Any:
-    from ..engine.models import model_folder
-    from ..engine.plan import Question
     from ..kernels.layout import FORMATS
     from ..model.config import ModelConfig
     from ..model.shapes import shape_config
+    from ..planning.plan import Question
+    from ..startup.opening import model_folder
     from ..weights.checkpoint import Checkpoint
 
     held = None

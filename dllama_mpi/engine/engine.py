@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..parallel.connection import Phase
 from ..parallel.group import TensorParallelGroup
-from ..parallel.line import Phase
 from ..parallel.star import measure_star
 from .candidates import Candidates, merge, whole
-from .ranks import reports
+from .rank_report import reports
+from .request import Sequence
 from .runner import Runner
 from .sampler import choose, wanted
 from .scheduler import Plan, Scheduler
-from .sequence import Sequence
 from .stats import Stats, StepStats
 from .step import ROW, Command, Step, Want
 

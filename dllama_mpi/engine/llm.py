@@ -21,9 +21,16 @@ from ..model.batch import Batch
 from ..model.config import ModelConfig
 from ..model.context import Context
 from ..model.transformer import Transformer
+from ..parallel.connection import Phase
 from ..parallel.group import TensorParallelGroup, connect
-from ..parallel.line import Phase
 from ..parallel.partition import AUTO, parse_split
+from ..startup.memory import available_bytes, fitting_positions
+from ..startup.opening import RANDOM, declared_stop_ids, model_folder, open_model
+from ..startup.options import Options
+from ..startup.placement import Placement, recipe_of
+from ..startup.shares import MemoryPlan, shards_of, split_line, steady
+from ..startup.speed import decode_rates
+from ..startup.threads import place_threads
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
 from ..weights.cache import WeightCache, folder_of
@@ -31,19 +38,12 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.slices import Recipe, SliceCheckpoint
 from .engine import Engine
 from .lookup import MOST_DRAFTS, Lookup
-from .memory import available_bytes, fitting_positions
-from .models import RANDOM, declared_stop_ids, model_folder, open_model
-from .options import Options
-from .placement import Placement, recipe_of
+from .request import SamplingParams
+from .request import Sequence as Request
 from .runner import Runner
 from .scheduler import Plan
-from .sequence import SamplingParams
-from .sequence import Sequence as Request
-from .shares import MemoryPlan, shards_of, split_line, steady
-from .speed import decode_rates
 from .stats import Stats
 from .step import Command
-from .threads import place_threads
 from .worker import serve
 
 Prompt = str | Sequence[int]

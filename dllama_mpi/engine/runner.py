@@ -8,10 +8,10 @@ import numpy as np
 
 from ..kernels.sampling import log_sum_exp
 from ..model.transformer import HEAD_ROWS, Transformer
+from ..parallel.connection import Phase
 from ..parallel.group import TensorParallelGroup
-from ..parallel.line import Phase
 from .candidates import local_best, penalise
-from .ranks import Stopwatch
+from .rank_report import Stopwatch
 from .step import Step, Want
 
 

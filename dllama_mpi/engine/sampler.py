@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from .candidates import Candidates
-from .sequence import SamplingParams
+from .request import SamplingParams
 
 WANTED = 64  # candidates a rank sends for sampling without top-k: enough for most rows' top-p
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..model.batch import Batch
 from .lookup import MOST_DRAFTS, DraftCost
-from .sequence import Sequence
+from .request import Sequence
 
 
 @dataclass(frozen=True)

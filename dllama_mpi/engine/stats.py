@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..parallel.allreduce import Choice
-from .ranks import RankReport, table_lines
+from ..parallel.collective.all_reduce import Choice
+from .rank_report import RankReport, table_lines
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,15 @@ from numba.extending import intrinsic
 from .layout import BLOCK, F32, ROWS
 from .matmul import float_rows
 from .sampling import exponentials, largest
-from .simd import F16, I8, I32, I64, EmitterHere, address, vector
+from .simd import (
+    F16,
+    I8,
+    I32,
+    I64,
+    EmitterHere,
+    address,
+    vector,
+)
 from .simd import F32 as FLOAT
 
 POSITIONS = 256  # positions in a block of the online softmax

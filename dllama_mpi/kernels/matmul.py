@@ -9,10 +9,24 @@ from __future__ import annotations
 from numba import njit, types
 from numba.extending import intrinsic
 
-from .layout import BLOCK, F16, F32, Q40, Q80, ROWS
+from .layout import (
+    BLOCK,
+    F16,
+    F32,
+    Q40,
+    Q80,
+    ROWS,
+)
 from .simd import F16 as HALF
 from .simd import F32 as FLOAT
-from .simd import I8, I32, I64, EmitterHere, constant, vector
+from .simd import (
+    I8,
+    I32,
+    I64,
+    EmitterHere,
+    constant,
+    vector,
+)
 
 UNROLLED = 4  # columns of f16 and f32 tiles in a loop's body
 

@@ -15,7 +15,16 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .simd import F32, I8, I32, I64, EmitterHere, address, constant, vector
+from .simd import (
+    F32,
+    I8,
+    I32,
+    I64,
+    EmitterHere,
+    address,
+    constant,
+    vector,
+)
 
 _LANES = 16  # a register's 32-bit lanes in the kernels
 _STREAM = 8  # registers read in one turn of the loop: 512 bytes

@@ -120,10 +120,12 @@ def _allow_dot_product() -> None:
 
 
 def _sources_digest() -> str:
-    """Return a digest of every kernel source: Numba itself watches only the file a function stands in."""
+    """Return a digest of every source that is compiled: Numba itself watches only the file a function stands in."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
+    package = Path(__file__).parent.parent
+    for room in ("kernels", "model", "parallel/collective"):
+        for path in sorted((package / room).glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 

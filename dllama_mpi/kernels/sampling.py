@@ -10,7 +10,14 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from .layout import ROWS
-from .simd import F32, I64, EmitterHere, address, constant, vector
+from .simd import (
+    F32,
+    I64,
+    EmitterHere,
+    address,
+    constant,
+    vector,
+)
 
 _CHUNK = 64  # logits that are compared with the worst candidate at once
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..kernels.layers import products
 from ..kernels.layout import BLOCK, ROWS, TileFormat, ceil_to
 from ..weights.checkpoint import Checkpoint
 from ..weights.tiles import TileMatrix, aligned_empty, load_matrix, load_vector
+from .forward import products
 
 EMPTY = np.zeros(0, np.float32)
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from ..kernels.layers import add_and_normalise, decoder_layers
 from ..kernels.layout import ROWS, ceil_to
 from ..weights.checkpoint import Checkpoint
 from ..weights.tiles import aligned_empty, check_shape, load_matrix, load_vector
@@ -14,6 +13,7 @@ from .attention import Attention
 from .batch import Batch
 from .config import ModelConfig
 from .context import Context
+from .forward import add_and_normalise, decoder_layers
 from .linear import EMPTY, Activations, multiply
 from .mlp import MLP
 from .rope import Rope

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import ClusterError, DllamaError, UsageError
-from ..kernels.link import FIELDS, SIZE
-from .allreduce import AllReduce, Choice
+from .collective.all_reduce import AllReduce, Choice
+from .collective.link import FIELDS, SIZE
+from .connection import Phase
 from .launch import host_name, watch_exceptions, world
-from .line import Phase
 from .watchdog import watchdog
 
 _HEAD = 512  # bytes of a command's first message; a decode step fits

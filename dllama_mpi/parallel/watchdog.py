@@ -23,7 +23,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..log import warn
-from .line import Kind, Line, Message, Offer, Phase, answer, listen, reach
+from .connection import (
+    Kind,
+    Line,
+    Message,
+    Offer,
+    Phase,
+    answer,
+    listen,
+    reach,
+)
 
 TIMEOUT = 30.0  # seconds of silence, unless told otherwise
 LEAST_TIMEOUT, LONGEST_TIMEOUT = 1.0, 86400.0

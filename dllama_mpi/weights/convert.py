@@ -24,7 +24,17 @@ from ..log import progress, progress_bytes
 from ..parallel.group import TensorParallelGroup
 from ..parallel.stream import together_at_rest
 from .checkpoint import LAYOUT, LAYOUT_KEY, LINEAGE_KEY, TILES_KEY, Checkpoint
-from .files import HEAD, PIECE_BYTES, TABLE, Entry, File, Part, aligned, lay_out, read_piece
+from .files import (
+    HEAD,
+    PIECE_BYTES,
+    TABLE,
+    Entry,
+    File,
+    Part,
+    aligned,
+    lay_out,
+    read_piece,
+)
 from .partial import Partial, check_destination, sync, told
 from .slices import SliceReader
 from .tiles import check_shape

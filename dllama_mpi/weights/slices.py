@@ -23,8 +23,23 @@ import numpy as np
 
 from ..errors import ModelError
 from ..kernels.layout import BLOCK, ROWS, TileFormat, ceil_div
-from .checkpoint import LAYOUT, LAYOUT_KEY, LINEAGE_KEY, TILES_KEY, Checkpoint, Tensor
-from .files import HEAD, TABLE, Entry, File, Part, lay_out, read_piece
+from .checkpoint import (
+    LAYOUT,
+    LAYOUT_KEY,
+    LINEAGE_KEY,
+    TILES_KEY,
+    Checkpoint,
+    Tensor,
+)
+from .files import (
+    HEAD,
+    TABLE,
+    Entry,
+    File,
+    Part,
+    lay_out,
+    read_piece,
+)
 from .tiles import aligned_empty
 
 CHECKSUMS = "checksums"

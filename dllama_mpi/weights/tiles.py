@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ModelError
-from ..kernels.layout import BLOCK, FORMATS, ROWS, TileFormat, ceil_div, ceil_to
+from ..kernels.layout import (
+    BLOCK,
+    FORMATS,
+    ROWS,
+    TileFormat,
+    ceil_div,
+    ceil_to,
+)
 from ..kernels.quantize import BF16_BITS, PLAIN, pack_tiles, unpack_tiles, widen_rows
 from .checkpoint import Checkpoint, Tensor
 

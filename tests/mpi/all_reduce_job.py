@@ -9,8 +9,8 @@ import numpy as np
 from mpi4py import MPI
 
 from dllama_mpi.errors import UsageError
-from dllama_mpi.kernels.payload import PAYLOADS
-from dllama_mpi.parallel.allreduce import SYNCS, AllReduce
+from dllama_mpi.parallel.collective.all_reduce import SYNCS, AllReduce
+from dllama_mpi.parallel.collective.payload import PAYLOADS
 from tests import naive
 
 ROWS, WIDTH = 70, 96

@@ -9,7 +9,7 @@ from unittest.mock import patch
 import numpy as np
 
 from dllama_mpi import LLM
-from dllama_mpi.parallel import allreduce
+from dllama_mpi.parallel.collective import all_reduce as allreduce
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dllama_mpi.kernels.payload import PAYLOADS
-from dllama_mpi.parallel.allreduce import SYNCS
+from dllama_mpi.parallel.collective.all_reduce import SYNCS
+from dllama_mpi.parallel.collective.payload import PAYLOADS
 from tests.mpi.launch import ROOT, mpiexec
 
 

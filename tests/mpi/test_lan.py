@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dllama_mpi.kernels.payload import PAYLOADS
+from dllama_mpi.parallel.collective.payload import PAYLOADS
 from tests.mpi.lan import Lan, lan
 from tests.mpi.launch import ROOT, mpiexec
 

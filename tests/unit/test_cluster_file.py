@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dllama_mpi.cli import main
-from dllama_mpi.engine.cluster_file import BOARDS, read_cluster
 from dllama_mpi.errors import UsageError
+from dllama_mpi.planning.cluster_file import BOARDS, read_cluster
 
 GOOD = """
 [network]

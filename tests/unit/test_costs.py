@@ -6,7 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from dllama_mpi.engine.costs import (
+from dllama_mpi.kernels.layout import FORMATS, Q40
+from dllama_mpi.model.config import ModelConfig
+from dllama_mpi.model.shapes import shape_config
+from dllama_mpi.model.size import weight_bytes
+from dllama_mpi.parallel.collective.all_reduce import PAYLOADS
+from dllama_mpi.parallel.network import Link, Network
+from dllama_mpi.planning.costs import (
     AllReduces,
     Cost,
     Speeds,
@@ -17,13 +23,7 @@ from dllama_mpi.engine.costs import (
     prefill_cost,
     work_of,
 )
-from dllama_mpi.engine.shares import shards_of
-from dllama_mpi.kernels.layout import FORMATS, Q40
-from dllama_mpi.model.config import ModelConfig
-from dllama_mpi.model.shapes import shape_config
-from dllama_mpi.model.size import weight_bytes
-from dllama_mpi.parallel.allreduce import PAYLOADS
-from dllama_mpi.parallel.network import Link, Network
+from dllama_mpi.startup.shares import shards_of
 
 ONE_B = ModelConfig.from_hf(shape_config("llama3.2-1b"))
 WORK = Work(

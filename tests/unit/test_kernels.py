@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 from dllama_mpi.errors import UsageError
-from dllama_mpi.kernels import elementwise, layers, runtime, sampling
+from dllama_mpi.kernels import elementwise, runtime, sampling
 from dllama_mpi.kernels.attention import attention
 from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS
-from dllama_mpi.kernels.payload import PAYLOADS, decode_sum, encode
 from dllama_mpi.kernels.quantize import BF16_BITS, PLAIN, pack_tiles, unpack_tiles, widen_rows
+from dllama_mpi.model import forward as layers
 from dllama_mpi.model.kv_cache import KVCache
+from dllama_mpi.parallel.collective.payload import PAYLOADS, decode_sum, encode
 from dllama_mpi.weights.tiles import aligned_empty
 from tests import naive
 from tests.naive import Bytes, Floats, Ints

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from dllama_mpi.engine.memory import Need, available_bytes, fitting_positions
 from dllama_mpi.errors import ClusterError
 from dllama_mpi.kernels.layout import FORMATS, TileFormat
 from dllama_mpi.model.config import ModelConfig
 from dllama_mpi.model.size import buffer_bytes, cache_bytes, weight_bytes
 from dllama_mpi.parallel.partition import shards
+from dllama_mpi.startup.memory import Need, available_bytes, fitting_positions
 from tests.tiny_models import CASES
 
 GB = 10**9

@@ -11,7 +11,7 @@ import pytest
 
 from dllama_mpi.engine import sampler
 from dllama_mpi.engine.llm import LLM
-from dllama_mpi.engine.sequence import SamplingParams
+from dllama_mpi.engine.request import SamplingParams
 from dllama_mpi.engine.step import Step
 from dllama_mpi.errors import DllamaError, RequestError, UsageError
 from dllama_mpi.parallel.group import TensorParallelGroup

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 
 from dllama_mpi.cli.plan import _text
-from dllama_mpi.engine.costs import AllReduces, Cluster, Host, Speeds
-from dllama_mpi.engine.plan import Question, plan
 from dllama_mpi.errors import UsageError
 from dllama_mpi.kernels.layout import F16, Q40
 from dllama_mpi.model.config import ModelConfig
 from dllama_mpi.model.shapes import shape_config
 from dllama_mpi.parallel.network import Link, Network
+from dllama_mpi.planning.costs import AllReduces, Cluster, Host, Speeds
+from dllama_mpi.planning.plan import Question, plan
 
 ONE_B = ModelConfig.from_hf(shape_config("llama3.2-1b"))
 QUESTION = Question(ONE_B, Q40, "f16", "f32", max_seq_len=4096)

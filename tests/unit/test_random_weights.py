@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from dllama_mpi import LLM, SamplingParams
-from dllama_mpi.engine.bench import Bench, Test, combine
-from dllama_mpi.engine.models import open_model
 from dllama_mpi.errors import UsageError
 from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS
 from dllama_mpi.model.config import ModelConfig
 from dllama_mpi.model.names import check_files
 from dllama_mpi.model.shapes import SHAPES, shape_config
+from dllama_mpi.planning.bench import Bench, Test, combine
+from dllama_mpi.startup.opening import open_model
 from dllama_mpi.weights.tiles import load_matrix, load_vector
 
 PUBLISHED = {  # parameters as the models' cards give them, in billions

@@ -6,7 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from dllama_mpi.engine.ranks import Link, RankTimes, Stopwatch, pi_flags, reports, table_lines
+from dllama_mpi.engine.rank_report import (
+    Link,
+    RankTimes,
+    Stopwatch,
+    pi_flags,
+    reports,
+    table_lines,
+)
 
 FAST = RankTimes(
     share=0.25,

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dllama_mpi.engine.candidates import Candidates, local_best, merge, penalise, whole
+from dllama_mpi.engine.request import SamplingParams
 from dllama_mpi.engine.sampler import WANTED, choose, wanted
-from dllama_mpi.engine.sequence import SamplingParams
 from dllama_mpi.engine.step import ROW
 from dllama_mpi.errors import RequestError
 from dllama_mpi.kernels.sampling import log_sum_exp

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from dllama_mpi.engine.request import SamplingParams, Sequence
 from dllama_mpi.engine.scheduler import Plan, Scheduler
-from dllama_mpi.engine.sequence import SamplingParams, Sequence
 from dllama_mpi.engine.step import ROW, Step, Want
 from dllama_mpi.model.batch import Batch
 

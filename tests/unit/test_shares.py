@@ -6,12 +6,12 @@ import random
 
 import pytest
 
-from dllama_mpi.engine.memory import Need, fitting_positions, usable_bytes
-from dllama_mpi.engine.shares import MemoryPlan, fitting_shares, shards_of, split_line
 from dllama_mpi.errors import ClusterError
 from dllama_mpi.kernels.layout import Q40
 from dllama_mpi.model.config import ModelConfig
 from dllama_mpi.model.shapes import shape_config
+from dllama_mpi.startup.memory import Need, fitting_positions, usable_bytes
+from dllama_mpi.startup.shares import MemoryPlan, fitting_shares, shards_of, split_line
 
 GB = 10**9
 ONE_B = ModelConfig.from_hf(shape_config("llama3.2-1b"))  # 0.70 GB in q40

@@ -15,7 +15,7 @@ import pytest
 
 from dllama_mpi.engine.llm import LLM, Generation
 from dllama_mpi.engine.lookup import MOST_DRAFTS, DraftCost, Lookup
-from dllama_mpi.engine.sequence import SamplingParams
+from dllama_mpi.engine.request import SamplingParams
 from dllama_mpi.engine.stats import Stats
 from dllama_mpi.errors import UsageError
 from dllama_mpi.parallel.group import TensorParallelGroup

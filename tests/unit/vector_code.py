@@ -10,7 +10,14 @@ from llvmlite import ir
 
 from dllama_mpi.kernels.layout import FORMATS
 from dllama_mpi.kernels.matmul import emit_float_tile_row, emit_quantised_tile_row
-from dllama_mpi.kernels.simd import F32, I8, I32, I64, Emitter, vector
+from dllama_mpi.kernels.simd import (
+    F32,
+    I8,
+    I32,
+    I64,
+    Emitter,
+    vector,
+)
 
 HOST = llvm.get_process_triple()
 

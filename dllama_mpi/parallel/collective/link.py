@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .simd import I8, I32, I64
+from ...kernels.simd import I8, I32, I64
 
 RANK, SIZE = 0, 1
 WIDTH = 2  # bytes of 32 values in messages

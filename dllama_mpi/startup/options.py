@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import UsageError
 from ..kernels.layout import FORMATS
 from ..model.kv_cache import KV_TYPES
-from ..parallel.allreduce import PAYLOADS, SYNCS
+from ..parallel.collective.all_reduce import PAYLOADS, SYNCS
 from ..parallel.watchdog import LEAST_TIMEOUT, LONGEST_TIMEOUT, TIMEOUT
 
 SPECULATIONS = ("off", "lookup")

@@ -10,8 +10,18 @@ from __future__ import annotations
 from numba import njit, types
 from numba.extending import intrinsic
 
-from .layout import BLOCK, ROWS
-from .simd import F16, F32, I8, I32, I64, EmitterHere, address, constant, vector
+from ...kernels.layout import BLOCK, ROWS
+from ...kernels.simd import (
+    F16,
+    F32,
+    I8,
+    I32,
+    I64,
+    EmitterHere,
+    address,
+    constant,
+    vector,
+)
 
 PAYLOADS = {"f32": 128, "f16": 64, "q80": 34}  # bytes of 32 values
 Q80_BYTES, F16_BYTES, F32_BYTES = PAYLOADS["q80"], PAYLOADS["f16"], PAYLOADS["f32"]

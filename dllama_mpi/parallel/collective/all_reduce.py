@@ -28,15 +28,15 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
-from ..kernels import exchange as x
-from ..kernels import link as at
-from ..kernels.layout import BLOCK, ceil_div, ceil_to
-from ..kernels.payload import PAYLOADS, decode_sum, encode
+from ...errors import UsageError
+from ...kernels.layout import BLOCK, ceil_div, ceil_to
+from ..partition import cut
+from . import algorithms as x
+from . import link as at
 from .calls import c_functions, can_use_threads, handle, mpi_functions, sizes
+from .memory import share
 from .overlap import Overlap
-from .partition import cut
-from .shared import share
+from .payload import PAYLOADS, decode_sum, encode
 
 __all__ = ["PAYLOADS", "SYNCS", "AllReduce", "Choice"]
 

@@ -10,11 +10,19 @@ from ..errors import ClusterError
 from ..kernels.layout import FORMATS, TileFormat
 from ..model.config import ModelConfig
 from ..model.size import buffer_bytes, cache_bytes, weight_bytes
-from ..parallel.allreduce import PAYLOADS
+from ..parallel.collective.all_reduce import PAYLOADS
 from ..parallel.partition import AUTO, Shard, parse_split
-from .costs import Cluster, Cost, chunks, decode_cost, payload_bytes, prefill_cost, work_of
-from .memory import fitting_positions
-from .shares import MemoryPlan, shards_of
+from ..startup.memory import fitting_positions
+from ..startup.shares import MemoryPlan, shards_of
+from .costs import (
+    Cluster,
+    Cost,
+    chunks,
+    decode_cost,
+    payload_bytes,
+    prefill_cost,
+    work_of,
+)
 
 _WORTH = 1.05  # by how much another split must be faster to be advised
 

@@ -9,15 +9,22 @@ from typing import Any
 
 from ..kernels import runtime
 from ..kernels.probe import ReadProbe
-from ..parallel.allreduce import PAYLOADS
+from ..parallel.collective.all_reduce import PAYLOADS
 from ..parallel.group import TensorParallelGroup
 from ..parallel.network import Network, measure_links, wait_asleep
 from ..parallel.partition import Shard
-from .costs import AllReduces, Cluster, Host, Speeds, Work, payload_bytes
-from .memory import available_bytes
+from ..startup.memory import available_bytes
+from ..startup.shares import shards_of
+from ..startup.speed import sample_bytes
+from .costs import (
+    AllReduces,
+    Cluster,
+    Host,
+    Speeds,
+    Work,
+    payload_bytes,
+)
 from .sample import DEPTH, Job, Sample, Timing
-from .shares import shards_of
-from .speed import sample_bytes
 
 _THIN = Shard(heads=(0, 1), kv_heads=(0, 1), intermediate=(0, 32), vocab=(0, 16))  # the least that a rank can hold
 _PROMPT_LAYERS = 2  # that a prompt is timed in

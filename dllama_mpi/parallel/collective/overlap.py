@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..kernels import exchange as x
-from ..kernels import link as at
+from . import algorithms as x
+from . import link as at
 
 _COUNTERS = slice(at.SENT, at.RECEIVED + 1), slice(at.TURNS, at.TURNS + at.PARTS)
 

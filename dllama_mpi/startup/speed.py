@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..kernels.layers import products
 from ..kernels.layout import BLOCK, ROWS, TileFormat, ceil_div
 from ..model.config import ModelConfig
+from ..model.forward import products
 from ..model.linear import Activations, described
 from ..model.size import weight_bytes
 from ..parallel.group import TensorParallelGroup

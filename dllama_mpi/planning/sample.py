@@ -14,6 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..engine.engine import Engine
+from ..engine.request import SamplingParams, Sequence
+from ..engine.runner import Runner
+from ..engine.stats import Stats
+from ..engine.step import Command
+from ..engine.worker import serve
 from ..kernels.layout import BLOCK, ROWS, TileFormat, ceil_div, ceil_to
 from ..model.batch import Batch
 from ..model.config import ModelConfig
@@ -24,12 +30,6 @@ from ..parallel.group import TensorParallelGroup
 from ..parallel.partition import Shard
 from ..weights.random import RandomCheckpoint
 from .costs import Work, work_of
-from .engine import Engine
-from .runner import Runner
-from .sequence import SamplingParams, Sequence
-from .stats import Stats
-from .step import Command
-from .worker import serve
 
 DEPTH = 2048  # positions that attention is timed over
 _WINDOW_SECONDS, _WINDOWS, _LEAST_WINDOWS = 0.2, 5, 3

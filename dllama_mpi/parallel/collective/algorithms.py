@@ -12,6 +12,7 @@ import functools
 import numpy as np
 from numba import carray, cfunc, njit, types
 
+from ...kernels.simd import address
 from .link import (
     AHEAD,
     AHEAD_BYTES,
@@ -56,7 +57,6 @@ from .link import (
     store,
 )
 from .payload import F32_BYTES, add_blocks, encode_blocks, sum_blocks
-from .simd import address
 
 NOTHING, DIRECT, SCATTER, DOUBLING, SHARED, TWO_LEVEL, CALL = range(7)  # algorithms
 _FLAG_BYTES = 64  # a cache line for each flag

@@ -12,14 +12,21 @@ import numpy as np
 from numba import njit, prange, types
 from numba.extending import intrinsic, overload
 
-from .attention import attention
-from .elementwise import quantise, quantise_row, rms_norm_row, rope_and_store, rope_and_store_row
-from .exchange import finish_exchange, start_exchange
-from .layout import BLOCK, ROWS
-from .link import PARTS
-from .matmul import float_rows, quantised_rows
-from .payload import add_blocks
-from .simd import F32, I64, EmitterHere, address, constant, vector
+from ..kernels.attention import attention
+from ..kernels.elementwise import quantise, quantise_row, rms_norm_row, rope_and_store, rope_and_store_row
+from ..kernels.layout import BLOCK, ROWS
+from ..kernels.matmul import float_rows, quantised_rows
+from ..kernels.simd import (
+    F32,
+    I64,
+    EmitterHere,
+    address,
+    constant,
+    vector,
+)
+from ..parallel.collective.algorithms import finish_exchange, start_exchange
+from ..parallel.collective.link import PARTS
+from ..parallel.collective.payload import add_blocks
 
 FIELDS = 4  # integers that describe a matrix
 

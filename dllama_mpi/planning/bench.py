@@ -11,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from ..engine.llm import LLM
+from ..engine.request import SamplingParams, Sequence
+from ..engine.stats import Stats, StepStats
 from ..errors import UsageError
 from ..kernels import runtime
 from ..kernels.probe import ReadProbe
 from ..model.config import ModelConfig
 from ..model.size import cache_bytes, weight_bytes
 from ..parallel.group import TensorParallelGroup
-from .llm import LLM
-from .memory import available_bytes
-from .sequence import SamplingParams, Sequence
-from .stats import Stats, StepStats
+from ..startup.memory import available_bytes
 
 _READ_BYTES = 1 << 30  # that a host's ranks read together at a time: more than any processor's caches
 _READINGS = 4  # of the memory's rate before each repetition, and after the last

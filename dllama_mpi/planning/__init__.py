@@ -1,0 +1,1 @@
+"""Predicting and measuring: what a model needs and how fast it should be, or is."""
