@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from report import COLOURS, add_output_options, figure, finish, save, say_table, whole_numbers
 
-from dllama_mpi.parallel.collective.all_reduce import SYNCS, AllReduce
-from dllama_mpi.parallel.collective.payload import PAYLOADS
+from dllama_mpi.parallel.collective.all_reduce import AllReduce
+from dllama_mpi.parallel.collective.table import ALGORITHMS, PAYLOADS
 from dllama_mpi.parallel.group import connect
 
 
@@ -33,10 +33,10 @@ def measure(comm: Any, hosts: list[str], payload: str, args: argparse.Namespace)
     reduce = AllReduce(comm, hosts, max(args.tokens), args.hidden, payload, "auto")
     found = []
     for tokens in args.tokens:
-        names = [name for name in SYNCS[1:] if reduce.suits(name)]
+        names = [a.name for a in ALGORITHMS.values() if a.suits(reduce.transport.setting)]
         for name in names:
             sent = reduce.take_counts()[1]
-            took = [reduce.measure(name, tokens, max(1, args.repetitions // 4)) for _ in range(4)]
+            took = [reduce.transport.measure(name, tokens, max(1, args.repetitions // 4)) for _ in range(4)]
             sent = reduce.take_counts()[1] // (4 * (1 + max(1, args.repetitions // 4)))
             slowest = max(comm.allgather(float(np.median(took))))
             found.append(
@@ -45,7 +45,7 @@ def measure(comm: Any, hosts: list[str], payload: str, args: argparse.Namespace)
                     "hosts": len(set(hosts)),
                     "payload": "f32" if name in ("shared", "mpi") else payload,
                     "tokens": tokens,
-                    "way": name,
+                    "algorithm": name,
                     "microseconds": slowest,
                     "sent_bytes": max(comm.allgather(sent)),
                 }
@@ -60,7 +60,7 @@ def draw(records: list[dict[str, Any]], path: str) -> None:
     lines: dict[str, list[tuple[int, float]]] = {}
     for r in records:
         if r["ranks"] == most:
-            lines.setdefault(f"{r['way']}, {r['payload']}", []).append((r["tokens"], r["microseconds"]))
+            lines.setdefault(f"{r['algorithm']}, {r['payload']}", []).append((r["tokens"], r["microseconds"]))
     for i, (name, points) in enumerate(lines.items()):
         style = "-" if i < len(COLOURS) else "--"
         axes.plot(*zip(*points, strict=True), style, marker="o", color=COLOURS[i % len(COLOURS)], label=name)
@@ -84,10 +84,10 @@ def main() -> None:
         group.comm.Barrier()
     if not group.is_root:
         return
-    records = list({(r["ranks"], r["payload"], r["tokens"], r["way"]): r for r in records}.values())
+    records = list({(r["ranks"], r["payload"], r["tokens"], r["algorithm"]): r for r in records}.values())
     head = ["ranks", "payload", "tokens", "algorithm", "us", "kB sent a rank"]
     rows = [
-        [str(r["ranks"]), r["payload"], str(r["tokens"]), r["way"], f"{r['microseconds']:.1f}",
+        [str(r["ranks"]), r["payload"], str(r["tokens"]), r["algorithm"], f"{r['microseconds']:.1f}",
          f"{r['sent_bytes'] / 1e3:.1f}"]
         for r in records
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Compare this program with llama.cpp on the same weights, turn by turn; medians and ratios.
 
 python benchmarks/compare_llama_cpp.py --make llama3.2-1b DIR            # writes DIR/model.gguf and DIR/q40
+python benchmarks/compare_llama_cpp.py --make qwen3-30b-a3b:12 DIR       # the first 12 layers: 340 MB each
 python benchmarks/compare_llama_cpp.py DIR [--llama-python PYTHON]       # PYTHON has llama-cpp-python
 """
 
@@ -25,6 +26,9 @@ from dllama_mpi.errors import DllamaError
 from dllama_mpi.kernels import runtime
 from dllama_mpi.kernels.probe import ReadProbe
 from dllama_mpi.model.shapes import SHAPES
+from dllama_mpi.planning.costs import Work, work_of
+from dllama_mpi.startup.opening import open_model
+from dllama_mpi.startup.shares import shards_of
 
 LEAST_POSITIONS = 64  # for the comparison of logits
 HERE = Path(__file__).resolve().parent
@@ -70,6 +74,7 @@ class Worker:
 
     def __init__(self, command: list[str]) -> None:
         """Start it and read what it says of itself."""
+        self.command = command
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.about = self._answer()
 
@@ -77,7 +82,7 @@ class Worker:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"error: {' '.join(map(str, self.process.args))} ended without an answer")
+            sys.exit(f"error: {' '.join(self.command)} ended without an answer")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -216,12 +221,22 @@ def compare(programs: Programs, todo: list[Row], turns: int, patience: float) ->
     return report
 
 
+def work_of_model(folder: str) -> Work:
+    """Return what a token asks of a model on one rank."""
+    opened = open_model(folder)
+    (whole,) = shards_of(opened.config, [1.0])
+    return work_of(opened.config, whole, opened.formats(None), "f16")
+
+
 def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="what --make wrote")
     parser.add_argument(
-        "--make", nargs=2, metavar=("SHAPE", "DIR"), help=f"write the twins; SHAPE: {', '.join(SHAPES)}"
+        "--make",
+        nargs=2,
+        metavar=("SHAPE", "DIR"),
+        help=f"write the twins; SHAPE: {', '.join(SHAPES)}, or its first N layers as SHAPE:N",
     )
     parser.add_argument("--llama-python", default=sys.executable, metavar="PYTHON", help="(default: this one)")
     parser.add_argument("--turns", type=int, default=7, metavar="N", help="of each program and test (default: 7)")
@@ -230,7 +245,7 @@ def options() -> argparse.Namespace:
         type=float,
         default=30.0,
         metavar="SECONDS",
-        help=f"most that a turn waits, and is taken again, while other programs use more than {CALM:.0%}"
+        help=f"most that a turn waits, and is taken again, while other programs use more than {CALM:.0%}%"
         " of the processors (default: 30)",
     )
     parser.add_argument("--threads", type=int, metavar="N", help="(default: all cores)")
@@ -266,21 +281,21 @@ def main() -> None:
         flush=True,
     )
     found = compare(programs, todo, args.turns, args.patience)
-    size = sum(path.stat().st_size for path in (args.folder / "q40").glob("*.safetensors"))
-    size -= 2 * config["vocab_size"] * config["hidden_size"]  # rows of the table are looked up
+    work = work_of_model(str(args.folder / "q40"))
     about = {"ours": programs.ours[most].about, "llama_cpp": programs.theirs.about}
     programs.close()
     cells = []
     for f in found:
-        reads = f["read_gb_per_s"]
-        share = "-" if reads is None else f"{f['ours_tokens_per_s'] / f['n_batch'] * size / 1e9 / reads:.0%}"
+        reads, step = f["read_gb_per_s"], work.read(f["n_batch"]) + work.head_size
+        share = "-" if reads is None else f"{f['ours_tokens_per_s'] / f['n_batch'] * step / 1e9 / reads:.0%}"
         speeds = (f"{f[key]:.1f}" for key in ("ours_tokens_per_s", "llama_cpp_tokens_per_s"))
         noise = statistics.median(f["ours_others_cpu_shares"] + f["llama_cpp_others_cpu_shares"])
         cells.append([f["test"], str(f["threads"]), *speeds, f"{f['median_of_ratios']:.2f}", share, f"{noise:.0%}"])
     head = ["test", "threads", "ours t/s", "llama.cpp t/s", "ratio", "ours, of memory limit", "others' CPU"]
     say_table(head, cells)
     finish({"benchmark": "compare_llama_cpp", "about": about, "ceilings": limits, "agreement": same,
-            "weight_bytes": size, "turns": args.turns, "results": found}, args.json)  # fmt: skip
+            "turns": args.turns, "results": found,
+            "bytes_per_token": work.read() + work.head_size}, args.json)  # fmt: skip
 
 
 if __name__ == "__main__":

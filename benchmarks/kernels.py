@@ -1,6 +1,6 @@
 """Measure each kernel, weight format and number of tokens against the machine's ceilings: a roofline.
 
-python benchmarks/kernels.py [--shape 8192x2048] [--formats q40,q80,f16,f32] [--tokens 1,8,64,512] [--plot roofline.png]
+python benchmarks/kernels.py [--shape 8192x2048] [--formats q40,q4m,q80] [--tokens 1,8,64,512] [--plot roofline.png]
 
 A product of weights (rows, cols) with n tokens does rows * cols * n multiply-adds on the bytes of the weights, which
 come from memory: several matrices are used in turn. What a kernel can reach is the lesser of the arithmetic's ceiling
@@ -16,7 +16,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,16 +31,25 @@ from report import (
     whole_numbers,
 )
 
-from dllama_mpi.kernels import elementwise, runtime
-from dllama_mpi.kernels.attention import attention
-from dllama_mpi.kernels.layout import FORMATS, TileFormat
+from dllama_mpi.kernels import runtime
+from dllama_mpi.kernels.attention import Heads, KVLayer, attention
+from dllama_mpi.kernels.elementwise import quantise
+from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS, TileFormat, aligned_empty, ceil_to
+from dllama_mpi.kernels.matrix import Matrix, activations, expert_of
 from dllama_mpi.kernels.probe import ReadProbe
 from dllama_mpi.log import progress
-from dllama_mpi.model.kv_cache import KV_TYPES, KVCache, bytes_per_position
-from dllama_mpi.model.linear import Activations, multiply
+from dllama_mpi.model.buffers import KV_TYPES, Buffers, Maker, Sizes, memory_bytes
+from dllama_mpi.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig
+from dllama_mpi.model.forward import Step
+from dllama_mpi.model.linear import multiply
+from dllama_mpi.model.recipe import WeightRecipe
+from dllama_mpi.model.rope import RopeConfig
+from dllama_mpi.parallel.partition import Shard
+from dllama_mpi.startup.shares import shards_of
 from dllama_mpi.weights.random import RandomTensor
-from dllama_mpi.weights.tiles import TileMatrix, aligned_empty
+from dllama_mpi.weights.tiles import TileMatrix, matrix_bytes
 
+NO_TURNS = np.zeros((0, 0, 0), np.float32)
 MEMORY = 256 << 20  # bytes of weights used in turn: several times the last cache
 SECONDS, LEAST_TIMES = 0.8, 7  # how long a case is measured, readings included, and how often at least
 
@@ -100,57 +109,72 @@ class Case:
 
 def matmuls(fmt: TileFormat, rows: int, cols: int, counts: list[int], threads: int) -> Iterator[Case]:
     """Yield the products of a weight format with each number of tokens."""
-    tensor = RandomTensor("weights", "F32", np.broadcast_to(np.float32(0), (rows, cols)))
-    one = TileMatrix(tensor.make_tiles((0, rows), (0, cols), fmt), rows, cols, fmt)
-    most = max(1, MEMORY // one.tiles.nbytes)
-    matrices = [one] + [TileMatrix(_copy(one.tiles), rows, cols, fmt) for _ in range(most - 1)]
-    most_tokens = max(counts)
-    x = Activations(most_tokens, cols, fmt)
+    most = max(1, MEMORY // matrix_bytes(fmt, (rows, cols)))
+    tensor = RandomTensor("weights", "F32", np.broadcast_to(np.float32(0), (most, rows, cols)))
+    tiles, scales = tensor.make_tiles(((0, most), (0, rows), (0, cols)), fmt)
+    held = TileMatrix(tiles, scales, rows, cols, fmt)
+    fields = np.repeat(held.fields()[None], most, 0)
+    for e, own in enumerate(fields):
+        expert_of(held.fields(), e, own)
+    matrices, most_tokens = Matrix(fields), max(counts)
+    x = activations(most_tokens, cols, fmt.quantised_activations)
     x.values[:] = np.random.default_rng(0).standard_normal(x.values.shape, np.float32)
-    if fmt.quantised_activations:
-        elementwise.quantise(x.values, *x.quantised(most_tokens))
-    out = aligned_empty((most_tokens, rows), np.float32)
+    quantise(x, most_tokens, threads)
+    out = aligned_empty((most_tokens, ceil_to(rows, ROWS)), np.float32)
     arithmetic = "int8_dot_gmac_per_s" if fmt.quantised_activations else "f32_fma_gmac_per_s"
     for tokens in counts:
-        used = matrices[: max(1, min(most, most * 32 // tokens))]  # many tokens: the arithmetic is what counts
+        used = max(1, min(most, most * 32 // tokens))  # many tokens: the arithmetic is what counts
 
-        def run(used: list[TileMatrix] = used, tokens: int = tokens) -> None:
-            for matrix in used:
-                multiply(matrix, x, out, tokens, threads)
+        def run(used: int = used, tokens: int = tokens, held: TileMatrix = held) -> None:
+            for i in range(used):
+                multiply(matrices, i, x, out, tokens, threads)
 
-        size = one.tiles.nbytes
-        yield Case("matmul", fmt.name, 0, tokens, float(rows * cols * tokens), size, len(used), arithmetic, run)
+        yield Case(
+            "matmul", fmt.name, 0, tokens, float(rows * cols * tokens), held.nbytes / most, used, arithmetic, run
+        )
 
 
 def attentions(
     kv_type: str, heads: tuple[int, int, int], depths: list[int], counts: list[int], threads: int
 ) -> Iterator[Case]:
     """Yield the attention of the last tokens of one sequence. heads: of queries, of keys and values; their size."""
-    query_heads, kv_heads, head_dim = heads
-    deepest = max(depths) + max(counts)
-    layers = max(1, MEMORY // (deepest * bytes_per_position(1, kv_heads, head_dim, kv_type)))
-    cache = KVCache(layers, 1, kv_heads, deepest, head_dim, kv_type)
-    rng = np.random.default_rng(0)
-    for layer in range(layers):
-        for part in cache.layer(layer):
-            part[:] = _random(rng, part)
-    scale, group = np.float32(head_dim**-0.5), query_heads // kv_heads
+    query_heads, kv_heads, dim = heads
+    mixer = AttentionConfig(query_heads, kv_heads, dim, RopeConfig("default", dim, 1e4), dim**-0.5)
+    feed = MLPConfig(BLOCK)
+    config = ModelConfig("llama", ROWS, BLOCK, max(depths) + max(counts), 1e-6, False, (LayerConfig(mixer, feed),))
+    (shard,) = shards_of(config, [1.0])
+    each = memory_bytes(config, shard, kv_type)[1]
+    layers = max(1, MEMORY // (config.max_position_embeddings * each))
+    cache = _cache(replace(config, layers=config.layers * layers), shard, kv_type)
+    shape = Heads(dim, 0, query_heads, query_heads // kv_heads, 0, dim**-0.5, 0.0)
+    rng, none = np.random.default_rng(0), np.zeros(0, np.float32)
     for depth in depths:
         for tokens in counts:
-            queries = rng.standard_normal((tokens, query_heads * head_dim), np.float32)
+            queries = rng.standard_normal((tokens, query_heads * dim), np.float32)
             positions = np.arange(depth, depth + tokens, dtype=np.int32)
-            slots, out = np.zeros(tokens, np.int32), np.zeros_like(queries)
+            step = Step(np.zeros(tokens, np.int32), positions, np.ones(tokens, np.float32), NO_TURNS, NO_TURNS, 0)
+            out = np.zeros_like(queries)
 
-            inputs = (slots, positions, 0, scale, head_dim, 0, query_heads, group)
-
-            def run(q: np.ndarray = queries, inputs: tuple[Any, ...] = inputs, out: np.ndarray = out) -> None:
-                for layer in range(layers):
-                    attention(cache.marker, q, *cache.layer(layer), *inputs, out, 0, threads)
+            def run(q: np.ndarray = queries, step: Step = step, out: np.ndarray = out) -> None:
+                for layer in cache:
+                    attention(shape, 0, none, q, layer, step, out, threads)
 
             seen = float(np.sum(positions + 1.0))
-            size = bytes_per_position(1, kv_heads, head_dim, kv_type) * float(depth + tokens)
-            macs = 2 * seen * query_heads * head_dim
+            macs = 2 * seen * query_heads * dim
+            size = each * float(depth + tokens)
             yield Case("attention", kv_type, depth, tokens, macs, size, layers, "f32_fma_gmac_per_s", run)
+
+
+def _cache(config: ModelConfig, shard: Shard, kv_type: str) -> list[KVLayer]:
+    """Return the KV cache of each layer, filled with random values."""
+    formats, positions = WeightRecipe.parse("q40").formats(config), config.max_position_embeddings
+    buffers = Buffers(config, shard, formats, Sizes(1, 1, positions, kv_type))
+    (run,), rng = buffers.runs, np.random.default_rng(0)
+    memory = buffers.memory(run, Maker())
+    for part in memory[1:]:
+        for layer in part:
+            layer[:] = _random(rng, layer)
+    return [KVLayer(memory.marker, *(part[i] for part in memory[1:])) for i in range(config.num_layers)]
 
 
 def _random(rng: np.random.Generator, part: np.ndarray) -> np.ndarray:
@@ -159,12 +183,6 @@ def _random(rng: np.random.Generator, part: np.ndarray) -> np.ndarray:
         return rng.integers(-127, 128, part.shape, np.int8)
     values = rng.standard_normal(part.shape, np.float32)
     return values if part.dtype == np.float32 else values.astype(np.float16).view(np.uint16)
-
-
-def _copy(tiles: np.ndarray) -> np.ndarray:
-    copy = aligned_empty(tiles.shape)
-    copy[:] = tiles
-    return copy
 
 
 def options() -> argparse.Namespace:

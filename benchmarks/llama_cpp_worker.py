@@ -9,6 +9,7 @@ own interface: no tokenizer, no text, greedy choice.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -16,8 +17,12 @@ import sys
 import time
 from typing import Any
 
-import llama_cpp as ll
 import numpy as np
+
+try:
+    import llama_cpp as ll
+except ImportError:  # --help needs none
+    ll = None
 
 POSITIONS = 640  # room for prompt and generation beyond the depth
 CHUNK = 512  # tokens a call of llama_decode: llama.cpp's default
@@ -102,12 +107,17 @@ class Session:
 
 def main() -> None:
     """Load the GGUF file given as the argument and answer requests until the input ends."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("model", metavar="GGUF", help="the model file")
+    path = parser.parse_args().model
+    if ll is None:
+        sys.exit("error: llama_cpp cannot be imported; pip install llama-cpp-python")
     quiet = ll.llama_log_callback(lambda level, text, data: None)
     ll.llama_log_set(quiet, None)
     ll.llama_backend_init()
-    model = ll.llama_model_load_from_file(sys.argv[1].encode(), ll.llama_model_default_params())
+    model = ll.llama_model_load_from_file(path.encode(), ll.llama_model_default_params())
     if not model:
-        sys.exit(f"llama.cpp cannot load {sys.argv[1]}")
+        sys.exit(f"llama.cpp cannot load {path}")
     print(json.dumps({"version": ll.__version__, "features": features()}), flush=True)
     sessions: dict[tuple[int, int], Session] = {}
     for line in sys.stdin:

@@ -1,13 +1,10 @@
-"""Draw what kernels.py measured as a roofline: multiply-adds a second over multiply-adds a byte read from memory.
-
-python benchmarks/roofline.py KERNELS.json ROOFLINE.png
-"""
+"""Draw what kernels.py measured as a roofline: multiply-adds a second over multiply-adds a byte read from memory."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,5 +68,14 @@ def draw_points(axes: Any, chosen: list[dict[str, Any]]) -> None:
         )
 
 
+def main() -> None:
+    """Read the command line and draw."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("report", type=Path, metavar="KERNELS.json", help="what kernels.py wrote with --json")
+    parser.add_argument("picture", metavar="ROOFLINE.png", help="the picture to write")
+    args = parser.parse_args()
+    draw(json.loads(args.report.read_text(encoding="utf-8")), args.picture)
+
+
 if __name__ == "__main__":
-    draw(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), sys.argv[2])
+    main()

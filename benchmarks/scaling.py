@@ -19,11 +19,7 @@ from typing import Any
 
 from report import COLOURS, add_output_options, figure, finish, save, say_table, whole_numbers
 
-FEWEST = {  # kB that a rank must send in an all-reduce of one payload of P kB by N ranks
-    "shared": lambda n, p: 0.0,
-    "direct": lambda n, p: (n - 1) * p,
-    "scatter": lambda n, p: 2 * (n - 1) / n * p,
-}
+from dllama_mpi.parallel.collective.table import ALGORITHMS
 
 
 def options() -> tuple[argparse.Namespace, list[str]]:
@@ -75,10 +71,10 @@ def main() -> None:
     records = []
     for ranks in args.ranks:
         prefill, decode = job(launcher, ranks, ["bench", *lengths, "-r", args.repetitions, *rest])
-        way, payload = decode["sync"][0]["way"] if decode["sync"] else "shared", 0.0
+        algorithm, payload = decode["sync"][0]["algorithm"] if decode["sync"] else "shared", 0.0
         if decode["sync"]:
             payload = decode["sync"][0]["bytes"] / 1e3
-        least = FEWEST[way](ranks, payload) if way in FEWEST else None
+        least = None if algorithm in ("two-level", "mpi") else ALGORITHMS[algorithm].payloads.of(ranks) * payload
         records.append(
             {
                 "ranks": ranks,
@@ -86,7 +82,7 @@ def main() -> None:
                 "predicted_decode": predicted[ranks]["decode"]["tokens_per_second"],
                 "prefill_tokens_per_second": prefill["avg_ts"],
                 "predicted_prefill": predicted[ranks]["prefill"]["tokens_per_second"],
-                "way": way if ranks > 1 else None,
+                "algorithm": algorithm if ranks > 1 else None,
                 "sync_share": decode["sync_share"],
                 "sent_kb_per_token": decode["sent_bytes_per_token"] / 1e3,
                 "least_kb_per_token": None if least is None else 2 * decode["n_layers"] * least,
@@ -94,7 +90,7 @@ def main() -> None:
         )
     head = ["ranks", "decode t/s", "predicted", "prefill t/s", "predicted", "all-reduce", "sync", "kB/token", "least"]
     rows = [
-        [str(r["ranks"]), *(f"{r[key]:.1f}" for key in list(r)[1:5]), r["way"] or "-", f"{r['sync_share']:.1%}",
+        [str(r["ranks"]), *(f"{r[key]:.1f}" for key in list(r)[1:5]), r["algorithm"] or "-", f"{r['sync_share']:.1%}",
          f"{r['sent_kb_per_token']:.2f}",
          "-" if r["least_kb_per_token"] is None else f"{r['least_kb_per_token']:.2f}"]
         for r in records

@@ -13,10 +13,9 @@ from typing import Any
 
 from report import COLOURS, add_output_options, figure, finish, save, say_table, whole_numbers
 
-from dllama_mpi.cli.options import add_model_options, load
+from dllama_mpi.cli.options import add_model_options, add_random_option, load, model_of
 from dllama_mpi.errors import DllamaError
 from dllama_mpi.log import progress
-from dllama_mpi.model.shapes import SHAPES
 from dllama_mpi.parallel.group import connect
 from dllama_mpi.parallel.launch import leave
 from dllama_mpi.planning.bench import Bench, Test
@@ -25,7 +24,7 @@ from dllama_mpi.planning.bench import Bench, Test
 def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--random", choices=tuple(SHAPES), metavar="SHAPE", help="random weights of a known shape")
+    add_random_option(parser)
     parser.add_argument("--depths", type=whole_numbers, default=[0, 512, 1024, 2048, 4096], metavar="N,...")
     parser.add_argument("--batches", type=whole_numbers, default=[1, 2, 4, 8, 16], metavar="N,...")
     parser.add_argument("--batch-depth", type=int, default=128, metavar="N", help="context of the batches")
@@ -35,10 +34,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
     add_model_options(parser)
     add_output_options(parser)
-    args = parser.parse_args()
-    if args.random is not None:
-        args.model = f"random:{args.random}"
-    return args
+    return parser.parse_args()
 
 
 def plan(args: argparse.Namespace) -> dict[str, list[Test]]:
@@ -58,6 +54,7 @@ def main() -> None:
     args.max_seq_len = max(test.positions for test in every)
     try:
         group = connect()
+        args.model = model_of(args)
         benches = []
         for kv_type in args.kv_types.split(",") if args.kv_types else [args.kv_type]:
             args.kv_type = kv_type

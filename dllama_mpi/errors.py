@@ -12,7 +12,13 @@ of the program and shows a traceback.
 
 
 class DllamaError(Exception):
-    """A user's mistake, told in one line."""
+    """A user's mistake, told in one line.
+
+    Attributes:
+        agreed: every rank raises this error, so that one tells it for all and nobody has to end the others.
+    """
+
+    agreed = False
 
 
 class UsageError(DllamaError):

@@ -8,11 +8,13 @@ Run from the root of the repository, in an environment with torch and transforme
 The reference of a case holds the logits of one forward pass over a fixed sequence, and tokens generated greedily one
 by one with a KV cache. Everything is computed in float32 with eager attention, whatever the type of the weights.
 
-Three checks make sure that a reference is worth comparing with:
+Checks make sure that a reference is worth comparing with:
 
 * no greedy step is decided by less than ``MIN_MARGIN``, so that rounding cannot change the tokens,
 * the greedy tokens are also those of one uncached forward pass (except with dynamic rope scaling, see below),
 * where a case is about a certain setting, its logits differ by ``MIN_EFFECT`` or more without it.
+
+Of models with experts also: no expert is chosen by less than ``MIN_ROUTER_MARGIN``, and all are chosen by some token.
 
 Dynamic rope scaling (``llama_dynamic``)
     The model has one rotary embedding for all layers, whose state is ``inv_freq`` and ``max_seq_len_cached``, at first
@@ -45,6 +47,10 @@ import numpy.typing as npt
 import torch
 import transformers
 
+from tests.all_cases import ALL_CASES
+from tests.router_margin import routing
+from tests.sparse_tensors import filled
+from tests.tiny_dense import DENSE_ABLATIONS
 from tests.tiny_models import (
     CASES,
     GREEDY_TOKENS,
@@ -53,8 +59,11 @@ from tests.tiny_models import (
     Config,
     fingerprint,
     reference_path,
+    text_config,
     write_model,
 )
+from tests.tiny_sparse import FILLED, SPARSE_ABLATIONS
+from tests.tiny_state import STATE_ABLATIONS, STATE_FILLED
 
 MIN_MARGIN = 0.02
 """Least difference between the best and the second logit of a greedy step."""
@@ -62,6 +71,8 @@ MIN_DISTINCT = 10
 """Least number of different tokens among the generated ones: a constant sequence would show little."""
 MIN_EFFECT = 0.1
 """Least effect on a logit of the setting which a case is about."""
+MIN_ROUTER_MARGIN = 0.002
+"""Least difference between the last expert chosen and the next one."""
 TOKENS_SEED = 20
 
 ABLATIONS: dict[str, list[Config]] = {
@@ -104,12 +115,21 @@ ABLATIONS: dict[str, list[Config]] = {
     ],
     "deepseek_distill_like": [{"use_sliding_window": True}, {"rope_theta": 1000000.0}],
 }
+ABLATIONS |= DENSE_ABLATIONS | SPARSE_ABLATIONS | STATE_ABLATIONS
 
 
 def load(folder: Path) -> Any:
-    """Load the model in ``folder`` in float32 with eager attention."""
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    """Load the model in ``folder`` in float32, dequantised, with eager attention and experts."""
+    config = json.loads((folder / "config.json").read_text())
+    auto = transformers.AutoModelForImageTextToText if "vision_config" in config else transformers.AutoModelForCausalLM
+    quantised = "quantization_config" in config
+    model, report = auto.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+        **({"quantization_config": transformers.Mxfp4Config(dequantize=True)} if quantised else {}),
     )
     if report["missing_keys"] or report["mismatched_keys"]:
         raise AssertionError(f"the checkpoint does not fit the model: {report}")
@@ -151,7 +171,8 @@ def margin(logits: npt.NDArray[np.float32]) -> float:
 
 def sequence(case: Case) -> npt.NDArray[np.int64]:
     """Return the fixed token sequence of a case, int64 (length,)."""
-    return np.random.RandomState(TOKENS_SEED).randint(0, case.config["vocab_size"], size=case.length).astype(np.int64)
+    vocab = text_config(case.config)["vocab_size"]
+    return np.random.RandomState(TOKENS_SEED).randint(0, vocab, size=case.length).astype(np.int64)
 
 
 def check_effects(case: Case, tokens: npt.NDArray[np.int64], logits: npt.NDArray[np.float32]) -> list[float]:
@@ -165,7 +186,24 @@ def check_effects(case: Case, tokens: npt.NDArray[np.int64], logits: npt.NDArray
         if effect < MIN_EFFECT:
             raise AssertionError(f"{case.name}: {change} changes the logits by {effect:.4f} only")
         effects.append(effect)
+    for end, value in (FILLED | STATE_FILLED).get(case.name, []):
+        with tempfile.TemporaryDirectory() as name:
+            effect = float(np.abs(forward(write_model(filled(case, end, value), Path(name)), tokens) - logits).max())
+        if effect < MIN_EFFECT:
+            raise AssertionError(f"{case.name}: {end} filled with {value} changes the logits by {effect:.4f} only")
+        effects.append(effect)
     return effects
+
+
+def check_routers(case: Case, folder: Path, sequences: list[npt.NDArray[np.int64]]) -> float:
+    """Check that no router's choice over the sequences is close and that it uses every expert; return its margin."""
+    found = [routing(load(folder), tokens) for tokens in sequences]
+    least = min(margin for margin, _ in found)
+    if least < MIN_ROUTER_MARGIN:
+        raise AssertionError(f"{case.name}: a router's margin is {least:.5f} only, take another seed")
+    if found[0].unused:
+        raise AssertionError(f"{case.name}: {found[0].unused} experts are never chosen")
+    return least
 
 
 def make(case: Case) -> None:
@@ -181,6 +219,7 @@ def make(case: Case) -> None:
         different = len(set(greedy.tolist()))
         if different < MIN_DISTINCT:
             raise AssertionError(f"{case.name}: only {different} different tokens, take another seed")
+        routed = check_routers(case, folder, [tokens, np.concatenate([prompt, greedy])])
         uncached = forward(folder, np.concatenate([prompt, greedy[:-1]]))[len(prompt) - 1 :]
         deviation = float(np.abs(uncached - steps).max())
         if (deviation < 1e-4) == (case.name == "llama_dynamic"):
@@ -195,9 +234,10 @@ def make(case: Case) -> None:
         greedy=greedy,
         fingerprint=np.array(fingerprint(case)),
     )
+    shown = " ".join(f"{effect:.2f}" for effect in effects) or "-"
     print(
-        f"{case.name:28} spread {logits.std():.2f}  margin {margin(steps):.3f}  different tokens {different:2}  "
-        f"cached-uncached {deviation:.1e}  effects {' '.join(f'{effect:.2f}' for effect in effects) or '-'}"
+        f"{case.name:28} spread {logits.std():.2f}  margin {margin(steps):.3f}  routers {routed:.4f}  "
+        f"different tokens {different:2}  cached-uncached {deviation:.1e}  effects {shown}"
     )
 
 
@@ -205,14 +245,14 @@ def main() -> None:
     """Make the references named on the command line, or all."""
     parser = argparse.ArgumentParser(description="Compute the reference logits of the tiny models with transformers.")
     parser.add_argument("cases", nargs="*", metavar="CASE", help="name of a case (default: all)")
-    names = parser.parse_args().cases or list(CASES)
+    names = parser.parse_args().cases or list(ALL_CASES)
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     versions = f"torch {torch.__version__.split('+')[0]}\ntransformers {transformers.__version__}\n"
     print(versions, end="")
     for name in names:
-        make(CASES[name])
+        make(ALL_CASES[name])
     (REFERENCE_FOLDER / "VERSIONS.txt").write_text(versions)
 
 

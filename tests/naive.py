@@ -7,11 +7,11 @@ float64, rounded to float32 where the program stores it.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 ROWS, BLOCK = 16, 32
-TILE_BYTES = {"q40": 288, "q80": 544, "f16": 1024, "f32": 2048}
+TILE_BYTES = {"q40": 288, "q4m": 288, "iq4nl": 288, "mxfp4": 288, "q80": 544, "f16": 1024, "f32": 2048}
 F = np.float32
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -58,49 +58,177 @@ def reciprocal(values: Floats, numerator: float = 1.0) -> Floats:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Blocks of 32 weights, as ggml quantises them
+# Blocks of 32 weights
 # --------------------------------------------------------------------------------------------------------------------
+
+IQ4NL = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+TABLES = {"iq4nl": IQ4NL, "mxfp4": (2 * E2M1).astype(int)}
+
+
+class Blocks(NamedTuple):
+    """Quantised rows: codes (rows, blocks, 32); float16 scales (rows, blocks), or the bytes s and m; scales (rows,)."""
+
+    codes: Ints
+    heads: tuple[npt.NDArray[Any], ...]
+    row_scales: Floats
+
+
+def finite_reciprocal(values: Floats) -> Floats:
+    """Return 1 / values as float32, 0 where that would be infinite."""
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = (F(1) / values).astype(np.float32)
+    return np.where(np.isfinite(inverse), inverse, F(0))
+
+
+def row_scales(matrix: Floats, fmt: str) -> Floats:
+    """Return the float32 scale of each row of a matrix (rows, cols); ones for formats without."""
+    blocks = padded(matrix, 1, BLOCK).reshape(len(matrix), -1, BLOCK)
+    if fmt == "q4m":
+        low = np.minimum(blocks.min(axis=2), F(0))
+        scales = np.maximum((blocks.max(axis=2) - low) / F(3825), -low / F(2040)).max(axis=1, initial=F(0))
+        return np.where(scales < 2.0**-126, F(0), scales)
+    if fmt == "mxfp4":
+        largest = np.abs(matrix).max(axis=1, initial=F(0))
+        exponents = [max(math.frexp(v)[1] - 1 - 2 - 1 - 15, -126) for v in largest.tolist()]
+        return np.where(largest > 0, np.ldexp(F(1), exponents), F(0)).astype(np.float32)
+    return np.ones(len(matrix), np.float32)
 
 
 def q40_quantise(blocks: Floats) -> tuple[npt.NDArray[np.float16], Ints]:
     """Quantise blocks (n, 32) as ggml's Q4_0; return scales (n,) and codes (n, 32) from 0 to 15."""
     signed = blocks[np.arange(len(blocks)), np.abs(blocks).argmax(axis=1)]  # the first of the largest in size
     scales = (signed / F(-8)).astype(np.float32)
-    codes = np.trunc(blocks * reciprocal(scales)[:, None] + F(8.5))
+    codes = np.trunc(blocks * finite_reciprocal(scales)[:, None] + F(8.5))
     return half(scales), np.minimum(15, codes.astype(np.int64))
-
-
-def q40_dequantise(scales: npt.NDArray[np.float16], codes: Ints) -> Floats:
-    """Return the values (n, 32) of Q4_0 blocks."""
-    return scales.astype(np.float32)[:, None] * (codes - 8).astype(np.float32)
 
 
 def q80_quantise(blocks: Floats) -> tuple[npt.NDArray[np.float16], Ints]:
     """Quantise blocks (n, 32) as ggml's Q8_0; return scales (n,) and codes (n, 32) from -127 to 127."""
     scales = np.abs(blocks).max(axis=1) / F(127)
-    values = blocks * reciprocal(scales)[:, None]
+    values = blocks * finite_reciprocal(scales)[:, None]
     return half(scales), np.trunc(values + np.copysign(F(0.5), values)).astype(np.int64)
 
 
-def q80_dequantise(scales: npt.NDArray[np.float16], codes: Ints) -> Floats:
-    """Return the values (n, 32) of Q8_0 blocks."""
-    return scales.astype(np.float32)[:, None] * codes.astype(np.float32)
+def added(terms: Floats) -> Floats:
+    """Return sums over the last axis, from the first to the last, in float32."""
+    total = np.zeros(terms.shape[:-1], np.float32)
+    for i in range(terms.shape[-1]):
+        total = total + terms[..., i]
+    return total
 
 
-QUANTISE: dict[str, Callable[[Floats], tuple[npt.NDArray[np.float16], Ints]]] = {
-    "q40": q40_quantise,
-    "q80": q80_quantise,
-}
-DEQUANTISE = {"q40": q40_dequantise, "q80": q80_dequantise}
+def iq4nl_quantise(blocks: Floats) -> tuple[npt.NDArray[np.float16], Ints]:
+    """Quantise blocks (n, 32): of several scales, the one whose codes explain most of the squares."""
+    middles = ((IQ4NL[1:] + IQ4NL[:-1]) / 2).astype(np.float32)
+    inverse = finite_reciprocal(blocks[np.arange(len(blocks)), np.abs(blocks).argmax(axis=1)])
+    best, scales = np.zeros(len(blocks), np.float32), np.zeros(len(blocks), np.float32)
+    for target in [-127 * f / 100 for f in range(82, 111, 5)] + [113 * f / 100 for f in range(90, 121, 6)]:
+        values = IQ4NL[np.searchsorted(middles, blocks * (inverse * F(target))[:, None])].astype(np.float32)
+        product = added(blocks * values)
+        fit = product / added(values * values)
+        gain = product * fit
+        scales, best = np.where(gain > best, fit, scales), np.maximum(gain, best)
+    stored = half(scales)
+    return stored, np.searchsorted(middles, blocks * finite_reciprocal(stored.astype(np.float32))[:, None])
+
+
+def mxfp4_quantise(blocks: Floats, scales: Floats) -> tuple[npt.NDArray[np.float16], Ints]:
+    """Quantise blocks (n, 32) of rows with given scales (n,) as the OCP Microscaling specification tells (6.3)."""
+    largest = np.abs(blocks).max(axis=1)
+    shared = np.where(largest >= 2.0**-126, np.frexp(largest)[1] - 1, -127) - 2
+    row = np.where(scales > 0, np.frexp(scales)[1] - 1, -127)
+    stored = np.ldexp(1.0, np.clip(shared - 1 - row, -24, 15)).astype(np.float16)
+    values = blocks * finite_reciprocal(stored.astype(np.float32) * scales)[:, None] / F(2)
+    distances = np.abs(np.abs(values)[:, :, None] - E2M1[:8])
+    nearest = distances.min(axis=2, keepdims=True) == distances
+    even_first = np.where(nearest, np.array([0, 2, 4, 6, 1, 3, 5, 7]).argsort(), 9)
+    return stored, even_first.argmin(axis=2) + 8 * (values < 0)
+
+
+def q4m_quantise(blocks: Floats, scales: Floats) -> tuple[Ints, Ints, Ints]:
+    """Quantise blocks (n, 32) of rows with given scales (n,); return s, m (n,) and codes (n, 32) from 0 to 15."""
+    u = blocks * finite_reciprocal(scales)[:, None]
+    low, high, total = np.minimum(u.min(axis=1), F(0)), u.max(axis=1), added(u)
+    widest = (high - low) * F(1 / 15)
+    best = (np.full(len(u), np.inf, np.float32), np.ones(len(u), np.float32), np.zeros(len(u), np.float32))
+
+    def codes_of(step: Floats, base: Floats) -> Floats:
+        inverse = F(1) / step
+        return np.rint(np.clip(u * inverse[:, None] + ((F(0) - base) * inverse)[:, None], F(0), F(15)))
+
+    def sums(codes: Floats) -> tuple[Floats, Floats, Floats]:
+        return added(codes), added(codes * codes), added(codes * u)
+
+    def fitted(step: Floats, codes: Floats, squares: Floats, products: Floats) -> tuple[Floats, Floats]:
+        spread, slope = F(32) * squares - codes * codes, F(32) * products - total * codes
+        step = np.where(spread > 0, slope / np.where(spread > 0, spread, F(1)), step)
+        base = (total - step * codes) * F(1 / 32)
+        return np.clip(np.rint(step), F(1), F(255)), np.clip(np.rint(base * F(-1 / 8)), F(0), F(255))
+
+    def better(s: Floats, m: Floats, codes: Floats, squares: Floats, products: Floats) -> tuple[Floats, Floats, Floats]:
+        error = s * ((s * squares - F(16) * m * codes) - F(2) * products) + m * (F(2048) * m + F(16) * total)
+        found = (np.where(error < best[0], new, old) for new, old in zip((error, s, m), best, strict=True))
+        return next(found), next(found), next(found)
+
+    for factor in (0.86, 0.92, 0.98, 1.04, 1.1):
+        for phase in (-0.25, 0, 0.25, 0.5):
+            step = np.maximum(widest * F(factor), F(0.5))
+            found = sums(codes_of(step, low + step * F(phase)))
+            best = better(*fitted(step, *found), *found)
+    found = sums(codes_of(best[1], best[2] * F(-8)))
+    _, s0, m0 = best = better(*fitted(best[1], *found), *found)
+    for ds, dm in [(ds, dm) for ds in (-1, 0, 1) for dm in (-1, 0, 1) if ds or dm]:
+        s, m = np.clip(s0 + F(ds), F(1), F(255)), np.clip(m0 + F(dm), F(0), F(255))
+        best = better(s, m, *sums(codes_of(s, m * F(-8))))
+    _, s, m = best
+    return s.astype(np.int64), m.astype(np.int64), codes_of(s, m * F(-8)).astype(np.int64)
+
+
+QUANTISED = ("q40", "q4m", "iq4nl", "mxfp4", "q80")
+
+
+def quantised(matrix: Floats, fmt: str) -> Blocks:
+    """Quantise a matrix (rows, cols), whose columns are filled up with zeros; what was done already is remembered."""
+    return _quantised(np.ascontiguousarray(matrix, np.float32).tobytes(), matrix.shape, fmt)
+
+
+@functools.lru_cache(1024)
+def _quantised(content: bytes, shape: tuple[int, int], fmt: str) -> Blocks:
+    matrix, rows = np.frombuffer(content, np.float32).reshape(shape), shape[0]
+    blocks = padded(matrix, 1, BLOCK).reshape(-1, BLOCK)
+    scales = row_scales(matrix, fmt)
+    each = np.repeat(scales, len(blocks) // max(rows, 1))
+    heads: tuple[npt.NDArray[Any], ...]
+    if fmt == "q4m":
+        s, m, codes = q4m_quantise(blocks, each)
+        heads = (s.astype(np.uint8), m.astype(np.uint8))
+    elif fmt == "mxfp4":
+        one, codes = mxfp4_quantise(blocks, each)
+        heads = (one,)
+    else:
+        one, codes = {"q40": q40_quantise, "q80": q80_quantise, "iq4nl": iq4nl_quantise}[fmt](blocks)
+        heads = (one,)
+    return Blocks(codes.reshape(rows, -1, BLOCK), tuple(head.reshape(rows, -1) for head in heads), scales)
+
+
+def meaning(blocks: Blocks, fmt: str) -> Ints:
+    """Return the whole numbers (rows, blocks, 32) that codes stand for, before any scale; of q4m s * code - 8 * m."""
+    if fmt == "q4m":
+        s, m = (head.astype(np.int64)[:, :, None] for head in blocks.heads)
+        return s * blocks.codes - 8 * m
+    return TABLES[fmt][blocks.codes] if fmt in TABLES else blocks.codes - (8 if fmt == "q40" else 0)
 
 
 def as_stored(matrix: Floats, fmt: str) -> Floats:
     """Return what a matrix (rows, cols) becomes by being stored in a tile format, float32."""
     if fmt in ("f16", "f32"):
         return half(matrix).astype(np.float32) if fmt == "f16" else matrix
-    rows, cols = matrix.shape
-    blocks = padded(matrix, 1, BLOCK).reshape(-1, BLOCK)
-    return DEQUANTISE[fmt](*QUANTISE[fmt](blocks)).reshape(rows, -1)[:, :cols]
+    blocks = quantised(matrix, fmt)
+    values, scale = meaning(blocks, fmt).astype(np.float32), blocks.row_scales[:, None]
+    if fmt != "q4m":
+        scale = blocks.heads[0].astype(np.float32) * scale
+    return (values * scale[:, :, None]).reshape(len(matrix), -1)[:, : matrix.shape[1]]
 
 
 def padded(matrix: Floats, rows: int, cols: int) -> Floats:
@@ -117,21 +245,24 @@ def pack(matrix: Floats, fmt: str) -> Bytes:
     """Return a matrix (rows, cols) as tiles (ceil(rows/16), ceil(cols/32), tile_bytes), byte by byte."""
     whole = padded(matrix, ROWS, BLOCK)
     tiles = np.zeros((len(whole) // ROWS, whole.shape[1] // BLOCK, TILE_BYTES[fmt]), np.uint8)
+    if fmt in QUANTISED:
+        blocks = quantised(whole, fmt)
     for i in range(tiles.shape[0]):
         for j in range(tiles.shape[1]):
-            values = whole[i * ROWS : (i + 1) * ROWS, j * BLOCK : (j + 1) * BLOCK]
-            if fmt in QUANTISE:
-                _pack_codes(tiles[i, j], *QUANTISE[fmt](values), fmt)
+            rows = slice(i * ROWS, (i + 1) * ROWS)
+            if fmt in QUANTISED:
+                _pack_codes(tiles[i, j], [head[rows, j] for head in blocks.heads], blocks.codes[rows, j], fmt)
             else:  # column after column
+                values = whole[rows, j * BLOCK : (j + 1) * BLOCK]
                 stored = half(values) if fmt == "f16" else values
                 tiles[i, j] = np.frombuffer(stored.T.tobytes(), np.uint8)
     return tiles
 
 
-def _pack_codes(tile: Bytes, scales: npt.NDArray[np.float16], codes: Ints, fmt: str) -> None:
-    tile[: 2 * ROWS] = np.frombuffer(scales.tobytes(), np.uint8)
+def _pack_codes(tile: Bytes, heads: list[npt.NDArray[Any]], codes: Ints, fmt: str) -> None:
+    tile[: 2 * ROWS] = np.frombuffer(b"".join(head.tobytes() for head in heads), np.uint8)
     for r in range(ROWS):
-        if fmt == "q40":
+        if fmt != "q80":
             for j in range(4):
                 for c in range(4):
                     low, high = codes[r, 4 * j + c], codes[r, 16 + 4 * j + c]
@@ -156,21 +287,23 @@ def quantise_activations(x: Floats) -> tuple[Ints, Floats, Ints]:
 
 
 def quantised_matmul(matrix: Floats, fmt: str, x: Floats) -> Floats:
-    """Return x @ matrix^T (tokens, rows) with the matrix in q40 or q80 and x (tokens, cols) in Q80.
+    """Return x @ matrix^T (tokens, rows) with the matrix in a format of codes and x (tokens, cols) in Q80.
 
-    Block after block: the dot product of the codes, exact, times the product of the scales, added to the sum so far.
+    Block after block: the dot product of the codes, exact, times the product of the scales, added to the sum so far. Of
+    q4m: s * dot - 8 * m * (sum of x), rounded once, times the scale of x. In the end times the row's scale.
     """
-    whole = padded(matrix, 1, BLOCK)
-    scales, codes = QUANTISE[fmt](whole.reshape(-1, BLOCK))
-    scales, codes = scales.reshape(len(matrix), -1), codes.reshape(len(matrix), -1, BLOCK) - (8 if fmt == "q40" else 0)
+    blocks = quantised(matrix, fmt)
+    numbers = meaning(blocks, fmt)
     x_codes, x_scales, _ = quantise_activations(padded(x, 1, BLOCK))
     x_codes = x_codes.reshape(len(x), -1, BLOCK)
     y = np.zeros((len(x), len(matrix)), np.float32)
-    for block in range(scales.shape[1]):
-        dots = (x_codes[:, block] @ codes[:, block].T).astype(np.float32)
-        scale = x_scales[:, block, None] * scales[:, block].astype(np.float32)
+    for block in range(numbers.shape[1]):
+        dots = (x_codes[:, block] @ numbers[:, block].T).astype(np.float32)
+        scale = x_scales[:, block, None]
+        if fmt != "q4m":
+            scale = scale * blocks.heads[0][:, block].astype(np.float32)
         y = fma(dots, scale, y)
-    return y
+    return y * blocks.row_scales
 
 
 def float_matmul(matrix: Floats, fmt: str, x: Floats) -> Floats:
@@ -184,7 +317,7 @@ def float_matmul(matrix: Floats, fmt: str, x: Floats) -> Floats:
 
 def matmul(matrix: Floats, fmt: str, x: Floats) -> Floats:
     """Return x @ matrix^T (tokens, rows) as the program computes it with weights of a tile format."""
-    return quantised_matmul(matrix, fmt, x) if fmt in QUANTISE else float_matmul(matrix, fmt, x)
+    return quantised_matmul(matrix, fmt, x) if fmt in QUANTISED else float_matmul(matrix, fmt, x)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -199,6 +332,20 @@ def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     return (exact * weight).astype(np.float32)
 
 
+def rms_norm_in_order(row: Floats, weight: Floats, eps: float) -> Floats:
+    """Return the RMSNorm of a row as the program computes it where every rank must get the same bits.
+
+    Squares are summed in 32 lanes by fused multiply-adds, then lanes i and i + 16, i and i + 8, and so on.
+    """
+    lanes = np.zeros(BLOCK, np.float32)
+    for block in padded(row[None], 1, BLOCK).reshape(-1, BLOCK):
+        lanes = fma(block, block, lanes)
+    while lanes.size > 1:
+        lanes = lanes[: lanes.size // 2] + lanes[lanes.size // 2 :]
+    scale = F(1) / np.sqrt(lanes[0] / F(len(row)) + F(eps))
+    return row * scale * weight
+
+
 def silu_mul(gate: Floats, up: Floats) -> Floats:
     """Return silu(gate) * up."""
     g = gate.astype(np.float64)
@@ -206,14 +353,43 @@ def silu_mul(gate: Floats, up: Floats) -> Floats:
         return (g / (1 + np.exp(-g)) * up).astype(np.float32)
 
 
+def gelu_tanh_mul(gate: Floats, up: Floats) -> Floats:
+    """Return the tanh approximation of GELU (arXiv:1606.08415) of gate, times up."""
+    g = gate.astype(np.float64)
+    # 1 + tanh(u) as 2 / (1 + exp(-2 u)), which keeps its digits where it is small.
+    with np.errstate(over="ignore"):
+        return (g / (1 + np.exp(-2 * math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) * up).astype(np.float32)
+
+
 def rotate(heads: Floats, angles: Doubles, factor: float = 1.0) -> Floats:
-    """Rotate heads (tokens, n, head_dim) by angles (tokens, head_dim / 2): element i turns with i + head_dim / 2."""
+    """Rotate heads (tokens, n, head_dim) by angles (tokens, dims / 2): element i turns with i + dims / 2.
+
+    Elements from `dims` on stay as they are.
+    """
+    dims = 2 * angles.shape[1]
     cos, sin = factor * np.cos(angles)[:, None], factor * np.sin(angles)[:, None]
-    first, second = np.split(heads.astype(np.float64), 2, axis=2)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=2).astype(np.float32)
+    first, second = np.split(heads[:, :, :dims].astype(np.float64), 2, axis=2)
+    turned: list[npt.NDArray[Any]] = [first * cos - second * sin, second * cos + first * sin, heads[:, :, dims:]]
+    return np.concatenate(turned, axis=2).astype(np.float32)
 
 
-def attention(q: Floats, k: Floats, v: Floats, positions: Ints, window: int) -> Floats:
+class Scores(NamedTuple):
+    """How scores of attention become weights.
+
+    Attributes:
+        scale: of the scores; None: 1 / sqrt(head_dim). softcap: s: scores become s * tanh(score / s); 0 for none.
+        sinks: (heads,) logits that take part in the softmax and have no value, or None.
+    """
+
+    scale: float | None = None
+    softcap: float = 0.0
+    sinks: Floats | None = None
+
+
+PLAIN_SCORES = Scores()
+
+
+def attention(q: Floats, k: Floats, v: Floats, positions: Ints, window: int, how: Scores = PLAIN_SCORES) -> Floats:
     """Return the attention (tokens, heads, head_dim) of one sequence.
 
     q: (tokens, heads, head_dim); k, v: (kv_heads, positions, head_dim), each KV head read by heads / kv_heads query
@@ -227,9 +403,13 @@ def attention(q: Floats, k: Floats, v: Floats, positions: Ints, window: int) -> 
         start = max(0, stop - window) if window else 0
         for h in range(heads):
             keys, values = (a[h // group, start:stop].astype(np.float64) for a in (k, v))
-            scores = keys @ q[t, h].astype(np.float64) / math.sqrt(dim)
-            weights = np.exp(scores - scores.max())
-            out[t, h] = weights @ values / weights.sum()
+            scores = keys @ q[t, h].astype(np.float64) * (dim**-0.5 if how.scale is None else how.scale)
+            if how.softcap:
+                scores = how.softcap * np.tanh(scores / how.softcap)
+            sink = -np.inf if how.sinks is None else float(how.sinks[h])
+            top = max(scores.max(), sink)
+            weights = np.exp(scores - top)
+            out[t, h] = weights @ values / (weights.sum() + np.exp(sink - top))
     return out
 
 
@@ -272,14 +452,14 @@ def decode_sum(payloads: Bytes) -> Floats:
     return total
 
 
-def all_reduce(values: list[Floats], way: str, payload: str, homes: list[str]) -> Floats:
+def all_reduce(values: list[Floats], algorithm: str, payload: str, homes: list[str]) -> Floats:
     """Return the sum (blocks, 32) of the ranks' values as an algorithm computes it, roundings included.
 
     homes: the host of each rank.
     """
-    if way == "shared":
+    if algorithm == "shared":
         return decode_sum(np.stack([encode(v, "f32") for v in values]))
-    if way == "two-level":
+    if algorithm == "two-level":
         leaders = sorted({homes.index(home) for home in homes})
         sums = []
         for leader in leaders:
@@ -293,10 +473,10 @@ def all_reduce(values: list[Floats], way: str, payload: str, homes: list[str]) -
         size = encode(sums[0], payload).size
         direct = len(sums) == 2 or size * (len(sums) - 1) <= 8192
         return all_reduce(sums, "direct" if direct else "scatter", payload, homes)
-    if way == "doubling":
+    if algorithm == "doubling":
         return _doubled(values, payload)
     total = decode_sum(np.stack([encode(v, payload) for v in values]))
-    return total if way == "direct" else decode(encode(total, payload))
+    return total if algorithm == "direct" else decode(encode(total, payload))
 
 
 def _doubled(values: list[Floats], payload: str) -> Floats:
@@ -374,7 +554,7 @@ def read_tensors(folder: Path) -> dict[str, Floats]:
             if name == "__metadata__":
                 continue
             start, stop = (8 + size + offset for offset in entry["data_offsets"])
-            kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[entry["dtype"]]
+            kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1"}[entry["dtype"]]
             values = np.frombuffer(content[start:stop], kind).reshape(entry["shape"])
             if entry["dtype"] == "BF16":
                 values = (values.astype(np.uint32) << 16).view(np.float32)
@@ -390,7 +570,7 @@ def rope_angles(config: dict[str, Any], dim: int, positions: Ints, length: int) 
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = given.get("rope_type", given.get("type", "default"))
     theta, factor = given.get("rope_theta", config.get("rope_theta", 10000.0)), given.get("factor", 1.0)
-    trained = given.get("original_max_position_embeddings", config.get("max_position_embeddings"))
+    trained: Any = given.get("original_max_position_embeddings", config.get("max_position_embeddings"))
     scale, exponents = 1.0, np.arange(0, dim, 2) / dim
     if kind == "dynamic":
         longest = max(length, config["max_position_embeddings"])

@@ -12,21 +12,31 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 Config = dict[str, Any]
+Specs = dict[str, tuple[int, ...]]
+"""Names and shapes of tensors, in the order in which they are drawn."""
 
 REFERENCE_FOLDER = Path(__file__).parent / "data" / "reference"
 GREEDY_TOKENS = 24
 """Tokens generated for each case."""
 
 _QWEN3_HEAD_DIM = 128
+
+
+class Stored(NamedTuple):
+    """One tensor of a checkpoint: its name, its safetensors type, and its values (bfloat16 as uint16 bits)."""
+
+    name: str
+    dtype: str
+    values: npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,7 @@ class Case:
         length: Number of tokens of the reference sequence.
         prompt: Number of leading tokens of that sequence which the greedy generation starts from.
         generation: Contents of ``generation_config.json``; None takes the token ids of ``config``.
+        checkpoint: Yields the tensors of the case; None draws those of ``tensor_specs``, all of type ``dtype``.
     """
 
     name: str
@@ -52,6 +63,24 @@ class Case:
     length: int = 48
     prompt: int = 16
     generation: Config | None = None
+    checkpoint: Callable[[Case], Iterator[Stored]] | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the tensors of an architecture are, where they are not Llama's.
+
+    Attributes:
+        specs: Returns the tensors of a checkpoint, given ``config.json``.
+        draw: Draws one tensor, given its name, its shape and the random state: float64 of that shape.
+    """
+
+    specs: Callable[[Mapping[str, Any]], Specs]
+    draw: Callable[[str, tuple[int, ...], np.random.RandomState], npt.NDArray[np.float64]]
+
+
+FAMILIES: dict[str, Family] = {}
+"""Families of other files by ``model_type``, entered there: ``tests.tiny_dense``."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -444,6 +473,12 @@ CASES: dict[str, Case] = {case.name: case for case in _ALL_CASES}
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the part of ``config.json`` that describes the decoder: ``text_config`` of a multimodal model."""
+    text: Mapping[str, Any] = config.get("text_config", config)
+    return text
+
+
 def head_dim(config: Mapping[str, Any]) -> int:
     """Return the size of an attention head."""
     if config.get("head_dim") is not None:
@@ -453,8 +488,14 @@ def head_dim(config: Mapping[str, Any]) -> int:
     return int(config["hidden_size"] // config["num_attention_heads"])
 
 
-def tensor_specs(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def tensor_specs(config: Mapping[str, Any]) -> Specs:
     """Return the name and shape of every tensor of the checkpoint; the order is that in which they are drawn."""
+    family = FAMILIES.get(config["model_type"])
+    return family.specs(config) if family else _llama_specs(config)
+
+
+def _llama_specs(config: Mapping[str, Any]) -> Specs:
+    """Return the tensors of Llama, Mistral, Qwen2 and Qwen3."""
     hidden, inner, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     dim = head_dim(config)
     queries = config["num_attention_heads"] * dim
@@ -463,7 +504,7 @@ def tensor_specs(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     attention_bias = bool(config.get("attention_bias")) and model_type in ("llama", "qwen3")
     mlp_bias = bool(config.get("mlp_bias")) and model_type == "llama"
 
-    specs: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    specs: Specs = {"model.embed_tokens.weight": (vocab, hidden)}
 
     def linear(name: str, outputs: int, inputs: int, bias: bool) -> None:
         specs[f"{name}.weight"] = (outputs, inputs)
@@ -490,7 +531,7 @@ def tensor_specs(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return specs
 
 
-def _draw(name: str, shape: tuple[int, ...], state: np.random.RandomState) -> npt.NDArray[np.float64]:
+def draw_llama(name: str, shape: tuple[int, ...], state: np.random.RandomState) -> npt.NDArray[np.float64]:
     """Draw one tensor: float64 of ``shape``, at a scale that makes an omission of its part noticeable."""
     values = state.standard_normal(shape)
     if name.endswith(("q_norm.weight", "k_norm.weight")):
@@ -521,7 +562,7 @@ def from_bfloat16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def _stored(values: npt.NDArray[np.float64], dtype: str) -> npt.NDArray[Any]:
+def as_stored(values: npt.NDArray[np.float64], dtype: str) -> npt.NDArray[Any]:
     """Convert float64 values to what is stored in the file: float32, float16, or the bits of bfloat16."""
     single = values.astype("<f4")
     if dtype == "F32":
@@ -533,11 +574,22 @@ def _stored(values: npt.NDArray[np.float64], dtype: str) -> npt.NDArray[Any]:
     raise ValueError(f"unknown dtype {dtype!r}")
 
 
+def stored_tensors(case: Case) -> Iterator[Stored]:
+    """Yield every tensor of a case."""
+    if case.checkpoint is not None:
+        yield from case.checkpoint(case)
+        return
+    state = np.random.RandomState(case.seed)
+    family = FAMILIES.get(case.config["model_type"])
+    draw = family.draw if family else draw_llama
+    for name, shape in tensor_specs(case.config).items():
+        yield Stored(name, case.dtype, as_stored(draw(name, shape, state), case.dtype))
+
+
 def tensors(case: Case) -> Iterator[tuple[str, npt.NDArray[Any]]]:
     """Yield name and stored values of every tensor of a case (float32, float16, or bfloat16 bits as uint16)."""
-    state = np.random.RandomState(case.seed)
-    for name, shape in tensor_specs(case.config).items():
-        yield name, _stored(_draw(name, shape, state), case.dtype)
+    for name, _, values in stored_tensors(case):
+        yield name, values
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -545,20 +597,22 @@ def tensors(case: Case) -> Iterator[tuple[str, npt.NDArray[Any]]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def write_safetensors(path: Path, values: Mapping[str, npt.NDArray[Any]], dtype: str) -> None:
-    """Write ``values``, all of the stored type ``dtype`` (bfloat16 as uint16 bits), as one safetensors file."""
+def write_safetensors(path: Path, values: Mapping[str, npt.NDArray[Any]], dtype: str | Mapping[str, str]) -> None:
+    """Write ``values`` (bfloat16 as uint16 bits) as one safetensors file; ``dtype`` is the type of all, or by name."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name in sorted(values):
+    order = sorted(values, key=lambda name: (-values[name].itemsize, name))  # so that everything is aligned
+    for name in order:
         end = offset + values[name].nbytes
-        header[name] = {"dtype": dtype, "shape": list(values[name].shape), "data_offsets": [offset, end]}
+        kind = dtype if isinstance(dtype, str) else dtype[name]
+        header[name] = {"dtype": kind, "shape": list(values[name].shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for name in sorted(values):
+        for name in order:
             file.write(values[name].tobytes())
 
 
@@ -571,12 +625,8 @@ def _generation_config(case: Case) -> Config:
     """Return the contents of ``generation_config.json``."""
     if case.generation is not None:
         return case.generation
-    return {
-        "_from_model_config": True,
-        "bos_token_id": case.config["bos_token_id"],
-        "eos_token_id": case.config["eos_token_id"],
-        "transformers_version": case.config["transformers_version"],
-    }
+    keys = ("bos_token_id", "eos_token_id", "transformers_version")
+    return {"_from_model_config": True} | {key: case.config[key] for key in keys if key in case.config}
 
 
 def _split(values: Mapping[str, npt.NDArray[Any]], shards: int) -> list[dict[str, npt.NDArray[Any]]]:
@@ -601,14 +651,16 @@ def write_model(case: Case, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", case.config)
     _write_json(folder / "generation_config.json", _generation_config(case))
-    values = dict(tensors(case))
+    stored = list(stored_tensors(case))
+    values = {name: value for name, _, value in stored}
+    dtypes = {name: dtype for name, dtype, _ in stored}
     if case.shards == 1:
-        write_safetensors(folder / "model.safetensors", values, case.dtype)
+        write_safetensors(folder / "model.safetensors", values, dtypes)
         return folder
     weight_map: dict[str, str] = {}
     for number, part in enumerate(_split(values, case.shards), start=1):
         file_name = f"model-{number:05d}-of-{case.shards:05d}.safetensors"
-        write_safetensors(folder / file_name, part, case.dtype)
+        write_safetensors(folder / file_name, part, dtypes)
         weight_map |= dict.fromkeys(part, file_name)
     total_size = sum(value.nbytes for value in values.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
@@ -643,8 +695,8 @@ class Reference:
 def fingerprint(case: Case) -> str:
     """Return a digest of the configuration and the stored weights of a case."""
     digest = hashlib.sha256(json.dumps(case.config, sort_keys=True).encode())
-    for name, values in tensors(case):
-        digest.update(f"{name}:{case.dtype}:{values.shape}:".encode())
+    for name, dtype, values in stored_tensors(case):
+        digest.update(f"{name}:{dtype}:{values.shape}:".encode())
         digest.update(values.tobytes())
     return digest.hexdigest()
 

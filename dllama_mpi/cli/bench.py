@@ -11,8 +11,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..log import progress
-from ..model.shapes import SHAPES
-from .options import add_model_options, load, number, numbers
+from .options import add_model_options, add_random_option, load, model_of, number, numbers
 
 PROMPT, GENERATED = 512, 128
 
@@ -46,12 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of the token ids (default: 0)")
     add_model_options(parser)
-    parser.add_argument(
-        "--random",
-        choices=tuple(SHAPES),
-        metavar="SHAPE",
-        help=f"instead of --model: random weights of a known shape: {', '.join(SHAPES)}",
-    )
+    add_random_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,10 +58,7 @@ def run(args: argparse.Namespace) -> int:
     with group.together():
         lengths = (args.n_prompt or [PROMPT], args.n_gen or [GENERATED], args.pg)
         todo = combine(*lengths, args.depth or [0], args.batch or [1])
-        if args.random is not None:
-            if args.model != "demo":
-                raise UsageError(f"--random {args.random} and --model {args.model}: give one of them")
-            args.model = f"random:{args.random}"
+        args.model = model_of(args)
         needed = max(test.positions for test in todo)
         if args.max_seq_len is None:
             args.max_seq_len = needed

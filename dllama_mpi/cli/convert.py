@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .options import WEIGHTS, number, numbers
+from ..errors import UsageError
+from ..log import say
+from .options import add_weights_option, number, numbers
+
+if TYPE_CHECKING:
+    from ..startup.opening import ModelFiles
+    from ..weights.files import File
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     parser.add_argument("source", metavar="SRC", help="model directory to read")
     parser.add_argument("destination", metavar="DST", help="directory to write; it must not exist yet")
-    parser.add_argument("--weights", choices=WEIGHTS, default="q40", help="format to write (default: q40)")
+    add_weights_option(parser)
     group = parser.add_argument_group(
         "slices", "for a host with little room: what one rank needs, instead of the whole model"
     )
@@ -24,43 +32,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert; every rank takes its share of the files."""
-    from ..errors import UsageError
-    from ..kernels.layout import FORMATS
-    from ..model.config import ModelConfig
-    from ..model.names import check_files, matrix_shapes, slice_parts, vector_shapes
+    """Convert; every rank takes its share of the files. The root ends with a line on stderr."""
+    from ..model.recipe import bits_per_weight, whole_parts
     from ..parallel.group import connect
-    from ..parallel.partition import parse_split, shards
-    from ..startup.opening import model_folder
-    from ..startup.placement import slice_owner
-    from ..weights.checkpoint import Checkpoint
-    from ..weights.convert import convert, convert_slices
-    from ..weights.slices import Recipe
+    from ..startup.opening import open_model
+    from ..weights.convert import Conversion, convert, convert_slices
 
-    group = connect()
+    group, started = connect(), time.perf_counter()
     args = group.broadcast(args)
-    destination, fmt = Path(args.destination).expanduser(), FORMATS[args.weights]
+    destination, files = Path(args.destination).expanduser(), {}
     with group.together():
         if (args.only is None) != (args.ranks is None) or (args.split is not None and args.only is None):
             raise UsageError("--only R and --ranks N belong together, and --split to them; give both or neither")
-        folder = model_folder(args.source)
-        config = ModelConfig.load(folder)
-        source = Checkpoint(folder)
+        opened = open_model(args.source)
+        config, source, formats = opened.config, opened.whole, opened.formats(args.weights)
+        if args.only is not None:
+            files = _slices(args, opened)
     if args.only is None:
-        tied = config.tie_word_embeddings
-        convert(source, destination, fmt, matrix_shapes(config), vector_shapes(config), tied, group, True)
-        return 0
-    with group.together():
-        check_files(source, config)
-        wrong = [rank for rank in args.only if rank >= args.ranks]
-        if wrong:
-            raise UsageError(f"--only {wrong[0]}: with --ranks {args.ranks} the ranks are 0 to {args.ranks - 1}")
-        sizes = (config.num_heads, config.num_kv_heads, config.intermediate_size, config.vocab_size)
-        parts = [slice_parts(config, shard) for shard in shards(*sizes, parse_split(args.split, args.ranks))]
-        recipe = Recipe.of(source, fmt, vector_shapes(config))
-        owners = {rank: slice_owner(rank, args.ranks, args.split) for rank in args.only}
-        files = {
-            f"slice-{rank}-of-{args.ranks}.safetensors": recipe.file(parts[rank], owners[rank]) for rank in args.only
-        }
-    convert_slices(source, destination, fmt, files, group, True)
+        size = convert(Conversion(source, formats, whole_parts(config), True), destination, group)
+    else:
+        convert_slices(source, destination, files, group, True)
+        size = sum(file.size for file in files.values())
+    if group.is_root:
+        bits, seconds = bits_per_weight(config, formats), time.perf_counter() - started
+        told = f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+        say(f"{destination}: {told}, {bits:.2f} bits a weight, {seconds:.1f} s")
     return 0
+
+
+def _slices(args: argparse.Namespace, opened: ModelFiles) -> dict[str, File]:
+    """Return the slice files that are asked for, by name."""
+    from ..model.recipe import slice_parts
+    from ..parallel.partition import parse_split
+    from ..startup.placement import slice_owner
+    from ..startup.shares import shards_of
+    from ..weights.slices import Manifest
+
+    wrong = [rank for rank in args.only if rank >= args.ranks]
+    if wrong:
+        raise UsageError(f"--only {wrong[0]}: with --ranks {args.ranks} the ranks are 0 to {args.ranks - 1}")
+    shards = shards_of(opened.config, parse_split(args.split, args.ranks))
+    parts = {rank: slice_parts(opened.config, shards[rank]) for rank in args.only}
+    manifest = Manifest.of(opened.whole, opened.formats(args.weights), parts[args.only[0]])
+    return {
+        f"slice-{rank}-of-{args.ranks}.safetensors": manifest.file(
+            parts[rank], slice_owner(rank, args.ranks, args.split)
+        )
+        for rank in args.only
+    }

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
+from ..model.shapes import SHAPES
+from ..parallel.collective.table import PAYLOADS, SYNCS
 from ..parallel.watchdog import TIMEOUT
 
 if TYPE_CHECKING:
@@ -17,8 +19,7 @@ if TYPE_CHECKING:
     from ..engine.request import SamplingParams
     from ..parallel.group import TensorParallelGroup
 
-SYNCS = ("auto", "shared", "direct", "scatter", "doubling", "two-level", "mpi")
-WEIGHTS = ("q40", "q80", "f16", "f32")
+KV_TYPES = ("f16", "f32", "q80")
 
 
 def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], Any]:
@@ -47,6 +48,44 @@ def numbers(low: int) -> Callable[[str], list[int]]:
     return lambda text: [one(part) for part in text.split(",")]
 
 
+def add_weights_option(group: argparse._ActionsContainer) -> None:
+    """Add in which formats matrices are kept or written."""
+    group.add_argument(
+        "--weights",
+        metavar="RECIPE",
+        help="format of the weights: q4m, q40, iq4nl, mxfp4, q80, f16 or f32, then rules for some of them, such as"
+        " q40,lm_head=q80 (default: what a converted directory holds, else q4m)",
+    )
+
+
+def add_kv_type_option(group: argparse._ActionsContainer) -> None:
+    """Add the type of the KV cache."""
+    group.add_argument("--kv-type", choices=KV_TYPES, help="type of the KV cache (default: f16; f32 with f32 weights)")
+
+
+def add_random_option(parser: argparse.ArgumentParser) -> None:
+    """Add random weights in place of a model's."""
+    parser.add_argument(
+        "--random",
+        metavar="SHAPE",
+        help="instead of --model: random weights of a known shape, or of its first N layers as SHAPE:N; known are"
+        f" {', '.join(SHAPES)}",
+    )
+
+
+def model_of(args: argparse.Namespace) -> str:
+    """Return the model that --model or --random names.
+
+    Raises:
+        UsageError: both do.
+    """
+    if args.random is None:
+        return str(args.model)
+    if args.model != "demo":
+        raise UsageError(f"--random {args.random} and --model {args.model}: give one of them")
+    return f"random:{args.random}"
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add what `LLM` takes."""
     group = parser.add_argument_group("model")
@@ -60,24 +99,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tokenizer", metavar="PATH", help="a tokenizer.json, or a folder with one (default: the model's)"
     )
-    group.add_argument(
-        "--weights",
-        choices=WEIGHTS,
-        help="what weights are kept as (default: what a converted directory holds, else q40)",
-    )
+    add_weights_option(group)
     group.add_argument(
         "--max-seq-len",
         type=number(int, 1),
         metavar="N",
         help="positions of the context (default: the model's, or what fits in memory)",
     )
-    group.add_argument(
-        "--kv-type", choices=("f16", "f32", "q80"), help="type of the KV cache (default: f16; f32 with f32 weights)"
-    )
+    add_kv_type_option(group)
     group = parser.add_argument_group("cluster")
     group.add_argument(
         "--buffer-float-type",
-        choices=("f32", "f16", "q80"),
+        choices=tuple(PAYLOADS),
         help="what activations are sent as between hosts (default: q80; ranks of one host share f32 in memory)",
     )
     group.add_argument(

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
                     "nats_per_token": total / count,
                     "window": window,
                     "stride": stride,
-                    "weights": llm.format.name,
+                    "weights": llm.weights,
                     "buffer_float_type": args.buffer_float_type,
                     "ranks": group.size,
                 }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import UsageError
 from ..log import progress, say
-from ..model.shapes import SHAPES
-from .options import add_model_options, number, table
+from .options import add_model_options, add_random_option, model_of, number, table
+
+if TYPE_CHECKING:
+    from ..planning.plan import Question
 
 PROMPT, GENERATED = 512, 128
 
@@ -33,12 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             *names, type=number(int, low), default=default, metavar="N", help=f"{text} (default: {default})"
         )
     add_model_options(parser)
-    parser.add_argument(
-        "--random",
-        choices=tuple(SHAPES),
-        metavar="SHAPE",
-        help=f"instead of --model: a known shape, no files: {', '.join(SHAPES)}",
-    )
+    add_random_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,6 +59,7 @@ def _measured(args: argparse.Namespace) -> int:
     from ..planning.plan import plan
     from ..planning.sample import Job
     from ..planning.survey import survey
+    from ..startup.shares import shards_of
     from ..startup.threads import place_threads
 
     group = connect()
@@ -73,43 +70,26 @@ def _measured(args: argparse.Namespace) -> int:
         parse_split(None if args.split == AUTO else args.split, group.size)
         threads = place_threads(group, cores, args.nthreads, args.bind)
     question = group.broadcast(question)
-    heads = question.config.num_heads
     with group.together():
-        if group.size > heads:
-            raise UsageError(f"num_attention_heads is {heads}; {group.size} ranks asked for; use at most {heads}")
+        shards_of(question.config, [1.0] * group.size)  # there may be too many ranks
     if group.is_root and runtime.is_cold():
         say(f"compiling kernels for {runtime.describe()}; this takes about 20 seconds and is done once")
-    job = Job(question.config, question.format, question.kv_type, question.payload, args.sync, threads, question.chunk)
+    job = Job(question.config, question.kept, args.sync, threads, question.chunk)
     cluster = survey(group, job, lambda stages: progress(stages, "measuring", group.is_root))
     if group.is_root:
         _print(args, {**_about(args, question), "source": "measured", **plan(question, cluster)})
     return 0
 
 
-def _question(args: argparse.Namespace) -> Any:
-    from ..kernels.layout import FORMATS
-    from ..model.config import ModelConfig
-    from ..model.shapes import shape_config
+def _question(args: argparse.Namespace) -> Question:
     from ..planning.plan import Question
-    from ..startup.opening import model_folder
-    from ..weights.checkpoint import Checkpoint
+    from ..startup.opening import open_shape
+    from ..startup.options import Kept
 
-    held = None
-    if args.random is not None:
-        if args.model != "demo":
-            raise UsageError(f"--random {args.random} and --model {args.model}: give one of them")
-        config = ModelConfig.from_hf(shape_config(args.random), args.random)
-    else:
-        folder = model_folder(args.model)
-        config = ModelConfig.load(folder)
-        if any(folder.glob("*.safetensors")):  # the config alone is enough, before weights are downloaded
-            held = Checkpoint(folder).format_name
-    weights = args.weights or held or "q40"
+    files = open_shape(model_of(args))
     return Question(
-        config=config,
-        format=FORMATS[weights],
-        kv_type=args.kv_type or ("f32" if weights == "f32" else "f16"),
-        payload=args.buffer_float_type or ("f32" if args.sync == "mpi" else "q80"),
+        config=files.config,
+        kept=Kept.of(files.formats(args.weights), args.kv_type, args.buffer_float_type, args.sync),
         chunk=args.prefill_chunk,
         max_seq_len=args.max_seq_len,
         split=args.split,
@@ -119,13 +99,20 @@ def _question(args: argparse.Namespace) -> Any:
     )
 
 
-def _about(args: argparse.Namespace, question: Any) -> dict[str, Any]:
+def _about(args: argparse.Namespace, question: Question) -> dict[str, Any]:
+    from ..model.recipe import bits_per_weight, bytes_per_token, parameters
+    from ..startup.shares import shards_of
+
+    config, kept = question.config, question.kept
+    (whole,) = shards_of(config, [1.0])
     return {
-        "model": args.model if args.random is None else f"random:{args.random}",
-        "n_params": question.config.parameters,
-        "weights": question.format.name,
-        "kv_type": question.kv_type,
-        "buffer_float_type": question.payload,
+        "model": model_of(args),
+        "n_params": parameters(config),
+        "weights": kept.weights(config),
+        "bits_per_weight": bits_per_weight(config, kept.formats),
+        "bytes_per_token": bytes_per_token(config, whole, kept.formats),
+        "kv_type": kept.kv_type,
+        "buffer_float_type": kept.payload,
         "prefill_chunk": question.chunk,
         "split": question.split,
         "n_prompt": question.prompt,

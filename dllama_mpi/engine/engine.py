@@ -23,9 +23,8 @@ from .step import ROW, Command, Step, Want
 class Engine:
     """Runs on rank 0 and orders the workers about; every other rank is in `worker.serve` meanwhile."""
 
-    def __init__(self, runner: Runner, group: TensorParallelGroup, vocab_size: int, slots: int, chunk: int) -> None:
-        self.runner, self.group, self.vocab_size = runner, group, vocab_size
-        self.scheduler = Scheduler(slots, chunk)
+    def __init__(self, runner: Runner, group: TensorParallelGroup, vocab_size: int, scheduler: Scheduler) -> None:
+        self.runner, self.group, self.vocab_size, self.scheduler = runner, group, vocab_size, scheduler
         self.measures_links = False  # at the end of each call
 
     def run(self, sequences: list[Sequence], stats: Stats) -> Iterator[tuple[Sequence, int, str]]:

@@ -18,30 +18,31 @@ from ..kernels import runtime
 from ..kernels.layout import BLOCK, ceil_to
 from ..log import progress, say
 from ..model.batch import Batch
+from ..model.buffers import Sizes
+from ..model.build import load
 from ..model.config import ModelConfig
-from ..model.context import Context
-from ..model.transformer import Transformer
+from ..model.transformer import Rank, Transformer
 from ..parallel.connection import Phase
 from ..parallel.group import TensorParallelGroup, connect
 from ..parallel.partition import AUTO, parse_split
 from ..startup.memory import available_bytes, fitting_positions
-from ..startup.opening import RANDOM, declared_stop_ids, model_folder, open_model
-from ..startup.options import Options
-from ..startup.placement import Placement, recipe_of
+from ..startup.opening import RANDOM, ModelFiles, declared_stop_ids, model_folder, open_model
+from ..startup.options import Kept, Options
+from ..startup.placement import Placement, Wanted, manifest_of
 from ..startup.shares import MemoryPlan, shards_of, split_line, steady
 from ..startup.speed import decode_rates
 from ..startup.threads import place_threads
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
 from ..weights.cache import WeightCache, folder_of
-from ..weights.checkpoint import Checkpoint
-from ..weights.slices import Recipe, SliceCheckpoint
+from ..weights.slices import Manifest
+from ..weights.source import WeightSource
 from .engine import Engine
 from .lookup import MOST_DRAFTS, Lookup
 from .request import SamplingParams
 from .request import Sequence as Request
 from .runner import Runner
-from .scheduler import Plan
+from .scheduler import Plan, Scheduler
 from .stats import Stats
 from .step import Command
 from .worker import serve
@@ -90,50 +91,51 @@ class LLM:
             opened = self._open() if self.group.is_root or o.model.startswith(RANDOM) else None
             self._tokenizer: Tokenizer | None = self._load_tokenizer() if self.group.is_root else None
         self.config: ModelConfig
-        recipe: Recipe
-        self.config, recipe = self.group.broadcast(opened[:2] if opened is not None else None)
-        c, self.format = self.config, recipe.format
+        self.config, manifest = self._agree(opened)
+        c, self.formats = self.config, manifest.formats
         with self.group.together():
+            o.check_for(c)
             self.shares = parse_split(None if o.split == AUTO else o.split, self.group.size)
             self.shards = shards_of(c, self.shares)
             self.threads = place_threads(self.group, cores, o.nthreads, o.bind)
         if self.group.is_root and not o.quiet and runtime.is_cold():
             say(f"compiling kernels for {runtime.describe()}; this takes about 20 seconds and is done once")
-        self.kv_type = o.kv_type or ("f32" if self.format.name == "f32" else "f16")
+        kept = Kept.of(self.formats, o.kv_type, o.buffer_float_type, o.sync)
+        self.kv_type, self.weights = kept.kv_type, kept.weights(c)
         self.speculates = o.speculate == "lookup"
         tokens = o.prefill_chunk + o.max_batch * (1 + MOST_DRAFTS * self.speculates)
+        self.memory = MemoryPlan(c, kept, tokens, o.max_batch, o.max_seq_len)
         if o.split == AUTO and self.group.size > 1:
-            self._share_out(tokens)
-        context = Context(self.group, self.shards[self.group.rank], self.format, self.threads)
+            self._share_out()
+        rank = Rank(self.group, self.shards[self.group.rank], self.formats, self.threads)
         show = self.group.is_root and not o.quiet
 
-        def build(source: Checkpoint) -> Transformer:
-            return Transformer(source, c, context, lambda layers: progress(layers, "loading", show))
+        def build(source: WeightSource) -> Transformer:
+            weights = load(source, c, rank.shard, self.formats, lambda each: progress(each, "loading", show))
+            return Transformer(weights, c, rank)
 
-        source = opened[2] if opened is not None else None
-        with Placement(
-            self.group, self.folder, source, c, recipe, self.shards, o.split, self._weight_cache(), o.quiet
-        ) as placement:
-            self.max_seq_len = self._positions(tokens, placement.origin.in_memory)
+        wanted = Wanted(self.folder, c, manifest, self.shards, o.split)
+        with Placement(self.group, wanted, opened, self._weight_cache(), o.quiet) as placement:
+            self.max_seq_len = self._positions(placement.origin.in_memory)
             self._model = placement.load(build)
             self.origins = placement.origins
         width = ceil_to(c.hidden_size, BLOCK)
-        partial = self.group.prepare_all_reduce(tokens, width, o.buffer_float_type, o.sync)
+        partial = self.group.prepare_all_reduce(tokens, width, kept.payload, o.sync)
         with self.group.together():
-            self._model.allocate(partial, o.max_batch, self.max_seq_len, self.kv_type)
+            self._model.allocate(partial, Sizes(tokens, o.max_batch, self.max_seq_len, self.kv_type))
         self._runner = Runner(self._model, self.group, o.max_batch, self.max_seq_len)
-        self.engine = Engine(self._runner, self.group, c.vocab_size, o.max_batch, o.prefill_chunk)
+        scheduler = Scheduler(o.max_batch, o.prefill_chunk, rewinds=not c.has_state)
+        self.engine = Engine(self._runner, self.group, c.vocab_size, scheduler)
         self._in_session = False
         self.group.watchdog.tell(Phase.IDLE)
 
     # ---- setting up
 
-    def _share_out(self, tokens: int) -> None:
+    def _share_out(self) -> None:
         """Replace equal shares by those that the ranks' measured speeds and free memory give."""
         o, group = self.options, self.group
-        speeds = decode_rates(self.config, self.shards[group.rank], self.format, group, self.threads)
-        plan = MemoryPlan(self.config, self.format, self.kv_type, tokens, o.max_batch, o.max_seq_len)
-        self.shares, bound = plan.shares(steady(speeds), group.allgather((group.host, available_bytes())))
+        speeds = decode_rates(self.config, self.shards[group.rank], self.formats, group, self.threads)
+        self.shares, bound = self.memory.shares(steady(speeds), group.allgather((group.host, available_bytes())))
         self.shards = shards_of(self.config, self.shares)
         if group.is_root and not o.quiet:
             say(split_line(group.hosts, speeds, self.shares, bound))
@@ -144,19 +146,26 @@ class LLM:
             return None  # token ids alone need none
         return Tokenizer.load(self.folder, Path(given) if given is not None else None)
 
-    def _open(self) -> tuple[ModelConfig, Recipe, Checkpoint | list[SliceCheckpoint]]:
-        """Return the config, what slices are made of, and what has been opened."""
-        _, config, opened = open_model(self.options.model)
-        return config, recipe_of(opened, config, self.options.weights, self.group.size), opened
+    def _open(self) -> ModelFiles:
+        """Return what has been opened."""
+        return open_model(self.options.model)
+
+    def _agree(self, opened: ModelFiles | None) -> tuple[ModelConfig, Manifest]:
+        """Return the root's config, and what slices of its model are made of, on every rank. Collective."""
+        config: ModelConfig = self.group.broadcast(opened.config if opened is not None else None)
+        with self.group.together():
+            first = shards_of(config, [1.0])[0]
+            own = manifest_of(opened, self.options.weights, first, self.group.size) if opened is not None else None
+        manifest: Manifest = self.group.broadcast(own)
+        return config, manifest
 
     def _weight_cache(self) -> WeightCache | None:
         folder, limit = folder_of(self.options.cache_dir), self.options.cache_limit
         return None if folder is None else WeightCache(folder, None if limit is None else int(1e9 * limit))
 
-    def _positions(self, tokens: int, more: int) -> int:
+    def _positions(self, more: int) -> int:
         """Return the positions of the KV cache for which there is memory; this rank needs `more` bytes otherwise."""
-        o, c = self.options, self.config
-        memory = MemoryPlan(c, self.format, self.kv_type, tokens, o.max_batch, o.max_seq_len)
+        o, c, memory = self.options, self.config, self.memory
         each = self.group.allgather((self.group.host, available_bytes(), more))
         needs = memory.needs(self.shards, [(host, free) for host, free, _ in each])
         needs = [replace(need, fixed=need.fixed + extra) for need, (_, _, extra) in zip(needs, each, strict=True)]
@@ -201,7 +210,7 @@ class LLM:
             yield True
         except DllamaError as error:
             self.group.send_command(Command.FAILED, pickle.dumps(error))
-            error.agreed = True  # type: ignore[attr-defined]
+            error.agreed = True
             raise
         except (GeneratorExit, KeyboardInterrupt):
             self.group.send_command(Command.DONE)
@@ -218,7 +227,7 @@ class LLM:
         """
         with self._call() as leads:
             self._in_session = leads
-            self.engine.scheduler.reuse = leads and self.config.rope.kind != "dynamic"
+            self.engine.scheduler.reuse = leads and self.config.can_reuse
             try:
                 yield leads
             finally:

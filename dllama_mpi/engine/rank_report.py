@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from ..parallel.star import StarLink
+
 _CPUS = Path("/sys/devices/system/cpu")
 _PI_FLAGS = Path("/sys/devices/platform/soc/soc:firmware/get_throttled")
 # The low bits of what a Raspberry Pi's firmware tells: what holds now (higher ones: what has ever occurred).
@@ -168,10 +170,7 @@ class RankReport:
         }
 
 
-Link = tuple[float, float]  # seconds of latency, bytes a second
-
-
-def reports(hosts: list[str], times: list[RankTimes], links: list[Link | None] | None) -> list[RankReport]:
+def reports(hosts: list[str], times: list[RankTimes], links: list[StarLink | None] | None) -> list[RankReport]:
     """Return the ranks' reports, one of them with a remark: the one that the others waited for most.
 
     links: each rank's with the root, if measured.
@@ -187,8 +186,8 @@ def reports(hosts: list[str], times: list[RankTimes], links: list[Link | None] |
             times=t,
             other_load=min(1.0, max(0.0, t.host_busy_seconds - ours) / capacity),
             stolen=min(1.0, t.host_stolen_seconds / capacity),
-            latency_us=1e6 * link[0] if link else None,
-            mbit_per_second=8e-6 * link[1] if link else None,
+            latency_us=1e6 * link.latency if link else None,
+            mbit_per_second=8e-6 * link.bytes_per_second if link else None,
         )
         table.append(report)
     if slowest is not None:

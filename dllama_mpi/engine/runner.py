@@ -7,7 +7,10 @@ import time
 import numpy as np
 
 from ..kernels.sampling import log_sum_exp
-from ..model.transformer import HEAD_ROWS, Transformer
+from ..model.buffers import HEAD_ROWS
+from ..model.recipe import share_of
+from ..model.tensors import vocab_axis
+from ..model.transformer import Transformer
 from ..parallel.connection import Phase
 from ..parallel.group import TensorParallelGroup
 from .candidates import local_best, penalise
@@ -20,12 +23,12 @@ class Runner:
 
     def __init__(self, model: Transformer, group: TensorParallelGroup, slots: int, positions: int) -> None:
         self.model, self.group = model, group
-        self.first_id = model.context.shard.vocab[0]
+        shard, c = model.rank.shard, model.config
+        self.first_id = shard.elements(vocab_axis(c))[0]
         # Every rank sees every token, so that penalties need no history sent.
         self._history = np.zeros((slots, positions), np.int32)
         self._logits = np.zeros((0, 0), np.float32)
-        first, stop = model.context.shard.intermediate
-        self.watch = Stopwatch((stop - first) / model.config.intermediate_size)
+        self.watch = Stopwatch(share_of(c, shard))
 
     def step(self, step: Step) -> list[np.ndarray] | None:
         """Carry out a step; return all ranks' answers on the root, None elsewhere.

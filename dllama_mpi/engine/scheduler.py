@@ -38,12 +38,13 @@ class Scheduler:
     one token and up to `MOST_DRAFTS` drafts.
 
     Attributes:
-        reuse: whether a sequence may start from what its slot's last one left in the KV cache.
+        reuse: whether a sequence may start from what its slot's last one left in the KV cache. rewinds: whether what a
+            slot remembers can go back to any position; a state (`ModelConfig.has_state`) stands behind its last one.
         draft_cost: of a drafted token.
     """
 
-    def __init__(self, slots: int, chunk: int) -> None:
-        self.chunk, self.reuse = chunk, False
+    def __init__(self, slots: int, chunk: int, rewinds: bool = True) -> None:
+        self.chunk, self.reuse, self.rewinds = chunk, False, rewinds
         self.draft_cost = DraftCost()
         self._cached: list[list[int]] = [[] for _ in range(slots)]  # the tokens that each slot's KV cache holds
         self._free = list(range(slots))[::-1]
@@ -74,11 +75,17 @@ class Scheduler:
         self._free.append(sequence.slot)
 
     def _admit(self, sequence: Sequence) -> None:
-        common = {slot: _common(self._cached[slot], sequence.tokens) if self.reuse else 0 for slot in self._free}
-        sequence.slot = max(self._free, key=lambda slot: common[slot])
-        sequence.computed = min(common[sequence.slot], len(sequence.tokens) - 1)  # the last one's logits are wanted
+        useful = {slot: self._useful(slot, sequence.tokens) if self.reuse else 0 for slot in self._free}
+        sequence.slot = max(self._free, key=lambda slot: useful[slot])
+        sequence.computed = useful[sequence.slot]
         self._free.remove(sequence.slot)
         self._running.append(sequence)
+
+    def _useful(self, slot: int, tokens: list[int]) -> int:
+        """Return how many of these tokens need not be fed to a slot; the last one must be, for its logits."""
+        cached = self._cached[slot]
+        common = min(_common(cached, tokens), len(tokens) - 1)
+        return common if self.rewinds or common == len(cached) else 0
 
     def next_plan(self) -> Plan | None:
         """Return the next step, or None when nothing is left to do."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..parallel.collective.all_reduce import Choice
+from ..parallel.collective.choose import Choice
 from .rank_report import RankReport, table_lines
 
 

@@ -23,92 +23,127 @@ numbers: a cache begins as zeros.
 
 from __future__ import annotations
 
-import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from typing import NamedTuple
 
-from .layout import BLOCK, F32, ROWS
-from .matmul import float_rows
+import numpy as np
+from numba import njit
+
+from .activation import soft_cap
+from .layout import BLOCK, ROWS
+from .matmul import F32_TILES, float_rows
+from .parallel import run_parallel
 from .sampling import exponentials, largest
 from .simd import (
-    F16,
-    I8,
-    I32,
-    I64,
-    EmitterHere,
     address,
-    vector,
 )
-from .simd import F32 as FLOAT
+from .widen import widen_keys, widen_values
 
 POSITIONS = 256  # positions in a block of the online softmax
 QUERIES = 16  # most queries of an item, unless one token's group has more
 LONG = 512  # positions from which an item may be cut between threads
-_F32 = F32.marker
 
 
-def _widen_rows(count, scale_of):
-    """Return an intrinsic that widens `count` rows of 16 codes; scale_of(builder, scales, row) are a row's 16 scales.
+class Heads(NamedTuple):
+    """A rank's attention heads.
 
-    Its arguments are addresses: of codes, of 16 scales in float16, of 16 * count float32 to write.
+    Attributes:
+        dim: of a head. first, last: of the whole model's query heads, those that the rank holds are [first, last).
+        group: query heads a KV head. out_start: column where their outputs begin.
+        scale: of scores. softcap: s: scores become s * tanh(score / s); 0 for none.
     """
 
-    @intrinsic
-    def widened(typingctx, codes, scales, out):
-        def codegen(context, builder, signature, args):
-            e = EmitterHere(builder)
-            codes, scales, out = args
-            given = builder.fpext(e.load(scales, vector(F16, ROWS), 2), vector(FLOAT, ROWS))
-            for row in range(count):
-                wide = builder.sext(e.load(builder.add(codes, I64(ROWS * row)), vector(I8, ROWS), 1), vector(I32, ROWS))
-                value = builder.fmul(builder.sitofp(wide, vector(FLOAT, ROWS)), scale_of(builder, given, row))
-                e.store(value, builder.add(out, I64(4 * ROWS * row)), 4)
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64, types.int64), codegen
-
-    return widened
+    dim: int
+    first: int
+    last: int
+    group: int
+    out_start: int
+    scale: float
+    softcap: float
 
 
-def _one_lane(builder, scales, row):
-    undefined = ir.Constant(scales.type, ir.Undefined)
-    return builder.shuffle_vector(scales, undefined, ir.Constant(vector(I32, ROWS), [row] * ROWS))
+class KVLayer(NamedTuple):
+    """One layer's KV cache on this rank, laid out as the module says.
+
+    Attributes:
+        marker: an empty array of the elements' type, f16 as uint16, or of float32 for int8 codes.
+    """
+
+    marker: np.ndarray
+    keys: np.ndarray
+    key_scales: np.ndarray
+    values: np.ndarray
+    value_scales: np.ndarray
 
 
-_widen_keys = _widen_rows(BLOCK, lambda _builder, scales, _row: scales)  # a row: one dimension of 16 positions
-_widen_values = _widen_rows(ROWS, _one_lane)  # a row: 16 dimensions of one position
+class _Head(NamedTuple):
+    """The cache of one slot and KV head."""
+
+    keys: np.ndarray
+    key_scales: np.ndarray
+    values: np.ndarray
+    value_scales: np.ndarray
+
+
+class _Queries(NamedTuple):
+    """The queries of an item (n, head_dim to 32s) float32, and which positions [start, stop) each of them sees."""
+
+    values: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+
+
+class _Softmax(NamedTuple):
+    """Of each query of an item: the sum (n,) and maximum (n,) so far, and the weighted values (n, head_dim to 16s)."""
+
+    sums: np.ndarray
+    tops: np.ndarray
+    out: np.ndarray
+
+
+class _Scratch(NamedTuple):
+    """scores (n, POSITIONS) and part, like the output: of one block; widened: float32 of a row of tiles of codes."""
+
+    scores: np.ndarray
+    part: np.ndarray
+    widened: np.ndarray
 
 
 @njit(cache=True, nogil=True, inline="never")
-def _scores(marker, queries, keys, key_scales, begin, rows, scratch, scores):
-    """Write queries (n, width) x keys of `rows` tiles from position `begin` on into scores (n, POSITIONS)."""
-    width = queries.shape[1]
-    if key_scales.size > 0:
+def _widened_row(tiles, blocks, x, x_stride, y, y_stride, n):
+    """Multiply one row of float32 tiles with n rows of activations; all by their addresses."""
+    float_rows(F32_TILES, tiles, np.int64(0), np.int64(0), np.int64(1), blocks, x, x_stride, y, y_stride, n)
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _scores(marker, queries, head, begin, rows, scratch):
+    """Write queries (n, width) x keys of `rows` tiles from position `begin` on into scratch.scores."""
+    width, scores, widened = queries.shape[1], scratch.scores, scratch.widened
+    if head.key_scales.size > 0:
         for row in range(rows):
-            codes, scales = address(keys[begin // ROWS + row]), address(key_scales[begin // ROWS + row])
+            codes, scales = address(head.keys[begin // ROWS + row]), address(head.key_scales[begin // ROWS + row])
             for block in range(width // BLOCK):
                 first = ROWS * BLOCK * block
-                _widen_keys(codes + first, scales + 2 * ROWS * block, address(scratch) + 4 * first)
-            float_rows(_F32, address(scratch), np.int64(0), np.int64(0), np.int64(1), width // BLOCK, address(queries),
-                       4 * width, address(scores) + 4 * ROWS * row, 4 * POSITIONS, queries.shape[0])  # fmt: skip
+                widen_keys(codes + first, scales + 2 * ROWS * block, address(widened) + 4 * first)
+            at, to = address(queries), address(scores) + 4 * ROWS * row
+            _widened_row(address(widened), width // BLOCK, at, 4 * width, to, 4 * POSITIONS, queries.shape[0])
     else:
-        step = keys.itemsize * ROWS * width
-        float_rows(marker, address(keys) + begin // ROWS * step, step, np.int64(0), rows, width // BLOCK,
+        step = head.keys.itemsize * ROWS * width
+        float_rows(marker, address(head.keys) + begin // ROWS * step, step, np.int64(0), rows, width // BLOCK,
                    address(queries), 4 * width, address(scores), 4 * POSITIONS, queries.shape[0])  # fmt: skip
 
 
 @njit(cache=True, nogil=True, inline="never")
-def _weighted(marker, scores, values, value_scales, begin, padded, scratch, out):
-    """Write scores (n, >= padded) x values of `padded` positions from `begin` on into out (n, width)."""
-    rows, n = values.shape[0], out.shape[0]
-    if value_scales.size > 0:
+def _weighted(marker, head, begin, padded, scratch, n):
+    """Write scores (n, >= padded) x values of `padded` positions from `begin` on into scratch.part."""
+    values, scores, widened, out = head.values, scratch.scores, scratch.widened, scratch.part
+    rows = values.shape[0]
+    if head.value_scales.size > 0:
         for row in range(rows):
-            codes, scales = address(values[row]) + ROWS * begin, address(value_scales[row // 2]) + 2 * begin
+            codes, scales = address(values[row]) + ROWS * begin, address(head.value_scales[row // 2]) + 2 * begin
             for p in range(0, padded, ROWS):
-                _widen_values(codes + ROWS * p, scales + 2 * p, address(scratch) + 4 * ROWS * p)
-            float_rows(_F32, address(scratch), np.int64(0), np.int64(0), np.int64(1), padded // BLOCK, address(scores),
-                       4 * POSITIONS, address(out) + 4 * ROWS * row, 4 * out.shape[1], n)  # fmt: skip
+                widen_values(codes + ROWS * p, scales + 2 * p, address(widened) + 4 * ROWS * p)
+            at, to = address(scores), address(out) + 4 * ROWS * row
+            _widened_row(address(widened), padded // BLOCK, at, 4 * POSITIONS, to, 4 * out.shape[1], n)
     else:
         step = values.itemsize * ROWS
         float_rows(marker, address(values) + begin * step, step * values.shape[1], np.int64(0), rows, padded // BLOCK,
@@ -116,30 +151,26 @@ def _weighted(marker, scores, values, value_scales, begin, padded, scratch, out)
 
 
 @njit(cache=True, nogil=True, inline="never")
-def _attend(marker, queries, starts, stops, keys, key_scales, values, value_scales, first, last, scores, part, scratch,
-            sums, tops, out):  # fmt: skip
-    """Attend with queries (n, head_dim to 32s) over the block-aligned positions [first, last).
+def _attend(marker, softcap, head, queries, first, last, scratch, softmax):
+    """Attend with queries over the block-aligned positions [first, last), going on from what `softmax` holds.
 
-    starts, stops: (n,) the positions each query sees. keys, values, their scales: one slot's and head's. scores
-    (n, POSITIONS), part, like out, and scratch: what their names say. Writes sums and maxima of the softmax (n,) and
-    the weighted sum of values, not yet divided, into out (n, head_dim to 32s).
+    The weighted sum of values is not divided by the sum yet.
     """
-    n = queries.shape[0]
-    for q in range(n):
-        sums[q], tops[q] = 0, -np.inf
-        for i in range(out.shape[1]):
-            out[q, i] = 0
+    n, scores, part = queries.starts.size, scratch.scores, scratch.part
+    sums, tops, out = softmax.sums, softmax.tops, softmax.out
     for begin in range(first, last, POSITIONS):
         end = min(begin + POSITIONS, last)
         padded = (end - begin + BLOCK - 1) // BLOCK * BLOCK
-        _scores(marker, queries, keys, key_scales, begin, padded // ROWS, scratch, scores)
+        _scores(marker, queries.values, head, begin, padded // ROWS, scratch)
         for q in range(n):
-            low, high = max(0, starts[q] - begin), min(padded, stops[q] - begin)
+            row = address(scores) + 4 * POSITIONS * q
+            if softcap > 0:
+                soft_cap(row, padded, softcap)
+            low, high = max(0, queries.starts[q] - begin), min(padded, queries.stops[q] - begin)
             for p in range(min(low, padded)):
                 scores[q, p] = -np.inf
             for p in range(max(0, high), padded):
                 scores[q, p] = -np.inf
-            row = address(scores) + 4 * POSITIONS * q
             if high <= low:  # nothing to see here, and no maximum to subtract
                 for p in range(padded):
                     scores[q, p] = 0
@@ -155,13 +186,13 @@ def _attend(marker, queries, starts, stops, keys, key_scales, values, value_scal
             if fade != 1:
                 for i in range(out.shape[1]):
                     out[q, i] *= fade
-        _weighted(marker, scores, values, value_scales, begin, padded, scratch, part[:n])
+        _weighted(marker, head, begin, padded, scratch, n)
         for q in range(n):
             for i in range(out.shape[1]):
                 out[q, i] += part[q, i]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, inline="never")
 def _runs(slots, positions, most, begins):
     """Write where runs of up to `most` consecutive positions of one slot begin; return their number."""
     count, i = 0, 0
@@ -176,116 +207,167 @@ def _runs(slots, positions, most, begins):
     return count
 
 
+class _Plan(NamedTuple):
+    """How an attention is cut into items: `runs` of tokens, which `begins` says, times KV heads, times `cuts`."""
+
+    begins: np.ndarray
+    runs: int
+    cuts: int
+
+
+class _Job(NamedTuple):
+    """Everything that an item needs: the arguments of `attention`, its plan, and where results go.
+
+    Attributes:
+        results: sums and tops (items, n), out (items or threads, n, head_dim to 16s).
+    """
+
+    heads: Heads
+    window: int
+    sinks: np.ndarray
+    q: np.ndarray
+    cache: KVLayer
+    step: tuple
+    out: np.ndarray
+    plan: _Plan
+    results: _Softmax
+
+
 @njit(cache=True, nogil=True, inline="never")
-def _take(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
-          last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial, first_item, step):  # fmt: skip
-    """Do items first_item, first_item + step, ...; see `attention`."""
-    most, dims = sums.shape[1], partial.shape[2]
-    kv_heads = keys.shape[1]
-    queries = np.zeros((most, keys.shape[3]), np.float32)
-    starts, stops = np.empty(most, np.int64), np.empty(most, np.int64)
-    scores = np.empty((most, POSITIONS), np.float32)
-    part = np.empty((most, dims), np.float32)
-    scratch = np.empty(ROWS * max(keys.shape[3], POSITIONS) + ROWS if key_scales.size > 0 else 0, np.float32)
-    scratch = scratch[-(address(scratch) // 4) % ROWS :]  # a vector then lies in one line of the cache
-    for item in range(first_item, runs * kv_heads * cuts, step):
-        piece, cut = item // cuts, item % cuts
+def _head_range(heads, kv):
+    """Return which of the rank's query heads read its KV head `kv`."""
+    head = heads.first // heads.group + kv
+    low, high = max(heads.first, head * heads.group), min(heads.last, (head + 1) * heads.group)
+    return low - heads.first, high - heads.first
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _fill_queries(job, run, kv, queries):
+    """Write a run's queries that read a KV head; return their number."""
+    heads, dim, n = job.heads, job.heads.dim, 0
+    low, high = _head_range(heads, kv)
+    for t in range(job.plan.begins[run], job.plan.begins[run + 1]):
+        scale = np.float32(heads.scale) * job.step.query_scales[t]
+        for h in range(low, high):
+            for i in range(dim):
+                queries.values[n, i] = job.q[t, h * dim + i] * scale
+            queries.stops[n] = job.step.positions[t] + 1
+            queries.starts[n] = max(0, queries.stops[n] - job.window) if job.window > 0 else 0
+            n += 1
+    return n
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _begin_softmax(job, run, kv, cut, softmax):
+    """Write what a softmax begins with: nothing, or the sink of each head, which takes part in the sum once."""
+    low, high = _head_range(job.heads, kv)
+    n = 0
+    for _ in range(job.plan.begins[run], job.plan.begins[run + 1]):
+        for h in range(low, high):
+            has_sink = job.sinks.size > 0 and cut == 0
+            softmax.sums[n] = 1 if has_sink else 0
+            softmax.tops[n] = job.sinks[h] if has_sink else -np.inf
+            for i in range(softmax.out.shape[1]):
+                softmax.out[n, i] = 0
+            n += 1
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _take(job, thread, threads):
+    """Do items thread, thread + threads, ...; see `attention`."""
+    cache, plan, results = job.cache, job.plan, job.results
+    most, kv_heads, width = results.sums.shape[1], cache.keys.shape[1], cache.keys.shape[3]
+    queries = _Queries(np.zeros((most, width), np.float32), np.empty(most, np.int64), np.empty(most, np.int64))
+    widened = np.empty(ROWS * max(width, POSITIONS) + ROWS if cache.key_scales.size > 0 else 0, np.float32)
+    widened = widened[-(address(widened) // 4) % ROWS :]  # a vector then lies in one line of the cache
+    part = np.empty((most, results.out.shape[2]), np.float32)
+    scratch = _Scratch(np.empty((most, POSITIONS), np.float32), part, widened)
+    for item in range(thread, plan.runs * kv_heads * plan.cuts, threads):
+        piece, cut = item // plan.cuts, item % plan.cuts
         run, kv = piece // kv_heads, piece % kv_heads
-        head = first_head // group + kv
-        low, high = max(first_head, head * group) - first_head, min(last_head, (head + 1) * group) - first_head
-        n = 0
-        for t in range(begins[run], begins[run + 1]):
-            for h in range(low, high):
-                for i in range(head_dim):
-                    queries[n, i] = q[t, h * head_dim + i] * scale
-                stops[n] = positions[t] + 1
-                starts[n] = max(0, stops[n] - window) if window > 0 else 0
-                n += 1
-        first, last = starts[0] // BLOCK * BLOCK, stops[n - 1]
-        if cuts > 1:
+        n = _fill_queries(job, run, kv, queries)
+        own = _Queries(queries.values[:n], queries.starts[:n], queries.stops[:n])
+        first, last = queries.starts[0] // BLOCK * BLOCK, queries.stops[n - 1]
+        if plan.cuts > 1:
             blocks = (last - first + POSITIONS - 1) // POSITIONS
-            last = min(last, first + POSITIONS * (blocks * (cut + 1) // cuts))
-            first += POSITIONS * (blocks * cut // cuts)
-        slot = slots[begins[run]]
-        result = partial[item if cuts > 1 else first_item]
-        _attend(marker, queries[:n], starts, stops, keys[slot, kv], key_scales[slot, kv], values[slot, kv],
-                value_scales[slot, kv], first, last, scores, part, scratch, sums[item], tops[item], result)  # fmt: skip
-        if cuts == 1:
-            n = 0
-            for t in range(begins[run], begins[run + 1]):
-                for h in range(low, high):
-                    divisor = np.float32(1) / sums[item, n]
-                    for i in range(head_dim):
-                        out[t, out_start + h * head_dim + i] = result[n, i] * divisor
-                    n += 1
+            last = min(last, first + POSITIONS * (blocks * (cut + 1) // plan.cuts))
+            first += POSITIONS * (blocks * cut // plan.cuts)
+        slot = job.step.slots[plan.begins[run]]
+        head = _Head(cache.keys[slot, kv], cache.key_scales[slot, kv], cache.values[slot, kv],
+                     cache.value_scales[slot, kv])  # fmt: skip
+        softmax = _Softmax(results.sums[item], results.tops[item], results.out[item if plan.cuts > 1 else thread])
+        _begin_softmax(job, run, kv, cut, softmax)
+        _attend(cache.marker, np.float32(job.heads.softcap), head, own, first, last, scratch, softmax)
+        if plan.cuts == 1:
+            _put(job, run, kv, softmax)
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def _take_all(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
-              last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial, threads):  # fmt: skip
-    # Nothing but the loop: whatever else stands in a parallel function costs seconds of compilation.
-    for thread in prange(threads):
-        _take(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
-              last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial, np.int64(thread),
-              threads)  # fmt: skip
+@njit(cache=True, nogil=True, inline="never")
+def _put(job, run, kv, softmax):
+    """Write the outputs of an item that was not cut."""
+    dim, n = job.heads.dim, 0
+    low, high = _head_range(job.heads, kv)
+    for t in range(job.plan.begins[run], job.plan.begins[run + 1]):
+        for h in range(low, high):
+            divisor = np.float32(1) / softmax.sums[n]
+            for i in range(dim):
+                job.out[t, job.heads.out_start + h * dim + i] = softmax.out[n, i] * divisor
+            n += 1
 
 
 @njit(cache=True, nogil=True)
-def attention(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
-              last_head, group, out, out_start, threads):  # fmt: skip
+def attention(heads, window, sinks, q, cache, step, out, threads):
     """Attend from each token to the positions of its slot up to its own.
 
-    marker: the empty array of the cache's format, f16 or f32, or of f32 for int8 codes. q: (tokens, >= heads *
-    head_dim) float32, rotated, for the rank's heads [first_head, last_head) of the whole model; keys, values and
-    scales: this rank's cache, see the module; group: query heads a KV head; window: positions a token sees, itself
-    included, or 0 for all; out: (tokens, >= heads * head_dim) float32, written from column out_start on.
+    heads: see `Heads`. window: positions a token sees, itself included, or 0 for all. sinks: (the rank's heads,)
+    float32, a logit of each head's softmax that no value belongs to (arXiv:2309.17453), or empty. q: (>= tokens, >=
+    heads * head_dim) float32, rotated. cache: this rank's, see `KVLayer`. step: slots, positions (tokens,) int32;
+    query_scales (tokens,) float32. out: (>= tokens, >= heads * head_dim) float32, written from column
+    heads.out_start on.
     """
-    kv_heads = keys.shape[1]
-    each = max(1, QUERIES // group)
-    begins = np.empty(slots.size + 1, np.int64)
-    runs = _runs(slots, positions, each, begins)
+    kv_heads = cache.keys.shape[1]
+    each = max(1, QUERIES // heads.group)
+    begins = np.empty(step.slots.size + 1, np.int64)
+    runs = _runs(step.slots, step.positions, each, begins)
     cuts, furthest = 1, 0
-    for position in positions:
+    for position in step.positions:
         furthest = max(furthest, position)
     if runs * kv_heads < threads and furthest >= LONG:
         cuts = (threads + runs * kv_heads - 1) // (runs * kv_heads)
-    items, most = runs * kv_heads * cuts, each * group
+    items, most = runs * kv_heads * cuts, each * heads.group
     sums, tops = np.zeros((items, most), np.float32), np.zeros((items, most), np.float32)
-    partial = np.zeros((items if cuts > 1 else threads, most, values.shape[2] * ROWS), np.float32)
+    partial = np.zeros((items if cuts > 1 else threads, most, cache.values.shape[2] * ROWS), np.float32)
+    results = _Softmax(sums, tops, partial)
+    job = _Job(heads, window, sinks, q, cache, step, out, _Plan(begins, runs, cuts), results)
     if threads == 1:
-        _take(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim, first_head,
-              last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial, np.int64(0),
-              np.int64(1))  # fmt: skip  # not literals, for which it would be compiled again
+        _take(job, np.int64(0), np.int64(1))
     else:
-        _take_all(marker, q, keys, key_scales, values, value_scales, slots, positions, window, scale, head_dim,
-                  first_head, last_head, group, out, out_start, begins, runs, cuts, sums, tops, partial,
-                  threads)  # fmt: skip
+        run_parallel(_take, (job,), threads)
     if cuts > 1:
-        _merge(partial, sums, tops, begins, runs, kv_heads, cuts, head_dim, first_head, last_head, group, out,
-               out_start)  # fmt: skip
+        _merge(job, kv_heads)
 
 
-@njit(cache=True, nogil=True)
-def _merge(partial, sums, tops, begins, runs, kv_heads, cuts, head_dim, first_head, last_head, group, out, out_start):
+@njit(cache=True, nogil=True, inline="never")
+def _merge(job, kv_heads):
     """Join the softmax of items that were cut between threads."""
-    for piece in range(runs * kv_heads):
+    heads, plan, results, out = job.heads, job.plan, job.results, job.out
+    for piece in range(plan.runs * kv_heads):
         run, kv = piece // kv_heads, piece % kv_heads
-        head = first_head // group + kv
-        low, high = max(first_head, head * group) - first_head, min(last_head, (head + 1) * group) - first_head
+        low, high = _head_range(heads, kv)
         n = 0
-        for t in range(begins[run], begins[run + 1]):
+        for t in range(plan.begins[run], plan.begins[run + 1]):
             for h in range(low, high):
                 top, total = np.float32(-np.inf), np.float32(0)
-                for item in range(piece * cuts, (piece + 1) * cuts):
-                    top = max(top, tops[item, n])
-                column = out_start + h * head_dim
-                for i in range(head_dim):
+                for item in range(piece * plan.cuts, (piece + 1) * plan.cuts):
+                    top = max(top, results.tops[item, n])
+                column = heads.out_start + h * heads.dim
+                for i in range(heads.dim):
                     out[t, column + i] = 0
-                for item in range(piece * cuts, (piece + 1) * cuts):
-                    weight = np.exp(tops[item, n] - top)
-                    total += weight * sums[item, n]
-                    for i in range(head_dim):
-                        out[t, column + i] += weight * partial[item, n, i]
-                for i in range(head_dim):
+                for item in range(piece * plan.cuts, (piece + 1) * plan.cuts):
+                    weight = np.exp(results.tops[item, n] - top)
+                    total += weight * results.sums[item, n]
+                    for i in range(heads.dim):
+                        out[t, column + i] += weight * results.out[item, n, i]
+                for i in range(heads.dim):
                     out[t, column + i] /= total
                 n += 1

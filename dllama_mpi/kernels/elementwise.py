@@ -1,16 +1,23 @@
-"""Kernels between the matrix products: RMSNorm, SiLU, rotary embedding, residuals, Q80 activations."""
+"""Kernels between the matrix products: RMSNorm, rotary embedding, residuals, Q80 activations.
+
+What decides about the residual, which every rank holds, is done in one order on every instruction set: unlike machines
+get the same bits from the same bytes, and so choose the same experts.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
-from numba import njit, prange, types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from .layout import BLOCK, ROWS
+from .parallel import run_parallel
 from .runtime import FASTMATH
-from .simd import F16, I8, I16, narrow, widen
+from .sampling import reduce_lanes
+from .simd import F16, F32, I8, I16, I64, EmitterHere, address, constant, narrow, vector, widen
 
 
 @intrinsic
@@ -45,15 +52,77 @@ def quantise_row(x, xq, xs, xc):
         xc[block] = np.int32(-8) * total
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def quantise(x, xq, xs, xc):
-    """Quantise activations x (tokens, cols) float32 to Q80; cols is a multiple of 32."""
-    for t in prange(x.shape[0]):
-        quantise_row(x[t], xq[t], xs[t], xc[t])
+@njit(cache=True, nogil=True, inline="never")
+def _quantise_share(x, tokens, thread, threads):
+    for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+        quantise_row(x.values[t], x.codes[t], x.scales[t], x.offsets[t])
+
+
+@njit(cache=True, nogil=True, inline="never")
+def quantise(x, tokens, threads):
+    """Write the Q80 form of the first tokens of `Activations`, if they have one."""
+    if x.codes.size == 0:
+        return
+    if tokens == 1 or threads == 1:
+        _quantise_share(x, tokens, np.int64(0), np.int64(1))
+    else:
+        run_parallel(_quantise_share, (x, tokens), threads)
+
+
+# ---- RMSNorm (arXiv:1910.07467)
+
+
+@intrinsic
+def _sum_of_squares(typingctx, at, n):
+    """Return the sum of squares of n floats at an address; n is a multiple of 32."""
+
+    def codegen(context, builder, signature, args):
+        e = EmitterHere(builder)
+
+        def body(i, state):
+            here = e.b.add(args[0], e.b.mul(i, I64(4 * BLOCK)))
+            values = [e.load(e.b.add(here, I64(4 * ROWS * half)), vector(F32, ROWS), 4) for half in (0, 1)]
+            return [e.fma(v, v, total) for v, total in zip(values, state, strict=True)]
+
+        zero = constant(F32, ROWS, 0.0)
+        totals = e.counted_loop(e.b.sdiv(args[1], I64(BLOCK)), [zero, zero], body)
+        return reduce_lanes(e, e.b.fadd(*totals), e.b.fadd)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _scale_and_multiply(typingctx, at, weights, out, n, scale):
+    """Write x * scale * weight for n floats at addresses; n is a multiple of 32."""
+
+    def codegen(context, builder, signature, args):
+        e = EmitterHere(builder)
+        at, weights, out, n, scale = args
+        factor = e.splat(scale, ROWS)
+
+        def body(i, state):
+            offset = e.b.mul(i, I64(4 * ROWS))
+            x, w = (e.load(e.b.add(a, offset), vector(F32, ROWS), 4) for a in (at, weights))
+            e.store(e.b.fmul(e.b.fmul(x, factor), w), e.b.add(out, offset), 4)
+            return state
+
+        e.counted_loop(e.b.sdiv(n, I64(ROWS)), [], body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, types.float32), codegen
+
+
+@njit(cache=True, nogil=True, inline="never")
+def normalise_row(x, weight, size, eps, out):
+    """Write the RMSNorm of `size` values of a contiguous float32 row; padding to 32s, and the weight's, is zero."""
+    mean = _sum_of_squares(address(x), x.size) / np.float32(size)
+    scale = np.float32(1) / np.float32(math.sqrt(mean + eps))
+    _scale_and_multiply(address(x), address(weight), address(out), x.size, scale)
 
 
 @njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
 def rms_norm_row(x, weight, eps, size, out):
+    """Write the RMSNorm of one head's row, or of any other that one rank alone looks at."""
     square = np.float32(0)
     for i in range(size):
         square += x[i] * x[i]
@@ -104,38 +173,73 @@ def _store(key, value, keys, key_scales, values, value_scales, position):
             values[i // ROWS, position, i % ROWS] = codes[i - start]
 
 
+class Preparation(NamedTuple):
+    """What happens to a layer's queries, keys and values between their projection and the attention.
+
+    Attributes:
+        bias: (n,) float32 of the projections side by side, or empty. q_norm, k_norm: (head_dim,) RMSNorm weights of
+            each head, or empty. eps: of these norms. norm_last: whether they come after the rotation.
+        clip: what queries, keys and values are limited to in size before the rotation; 0 for no limit.
+        k_start, v_start: columns where keys and values begin.
+    """
+
+    bias: np.ndarray
+    q_norm: np.ndarray
+    k_norm: np.ndarray
+    eps: float
+    norm_last: int
+    clip: float
+    k_start: int
+    v_start: int
+
+
 @njit(cache=True, nogil=True, inline="never")
-def rope_and_store_row(row, bias, q_norm, k_norm, eps, cos, sin, head_dim, q_heads, k_start, v_start, keys, key_scales,
-                       values, value_scales, position):  # fmt: skip
-    """Do one token's part of `rope_and_store`; the cache is its slot's."""
-    if bias.size > 0:
-        for i in range(bias.size):
-            row[i] += bias[i]
-    for h in range(q_heads):
-        head = row[h * head_dim : (h + 1) * head_dim]
-        if q_norm.size > 0:
-            rms_norm_row(head, q_norm, eps, head_dim, head)
-        _rotate(head, cos, sin)
-    for h in range(keys.shape[0]):
-        head = row[k_start + h * head_dim : k_start + (h + 1) * head_dim]
-        if k_norm.size > 0:
-            rms_norm_row(head, k_norm, eps, head_dim, head)
-        _rotate(head, cos, sin)
-        value = row[v_start + h * head_dim : v_start + (h + 1) * head_dim]
-        _store(head, value, keys[h], key_scales[h], values[h], value_scales[h], position)
+def _clip(head, limit):
+    if limit > 0:
+        for i in range(head.size):
+            head[i] = max(-limit, min(limit, head[i]))
 
 
-@njit(cache=True, nogil=True, parallel=True)
-def rope_and_store(qkv, bias, q_norm, k_norm, eps, cos, sin, head_dim, q_heads, k_start, v_start, keys, key_scales,
-                   values, value_scales, slots, positions):  # fmt: skip
+@njit(cache=True, nogil=True, inline="never")
+def _finish_head(head, norm, p, cos, sin):
+    """Normalise and rotate one head (head_dim,) in place; cos and sin: (rotated dimensions / 2,)."""
+    if norm.size > 0 and p.norm_last == 0:
+        rms_norm_row(head, norm, p.eps, head.size, head)
+    _clip(head, np.float32(p.clip))
+    _rotate(head, cos, sin)
+    if norm.size > 0 and p.norm_last != 0:
+        rms_norm_row(head, norm, p.eps, head.size, head)
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _rope_and_store_share(qkv, heads, p, step, rope, cache, thread, threads):
+    tokens, dim = step.positions.size, heads.dim
+    for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
+        row, slot = qkv[t], step.slots[t]
+        cos, sin = step.cos[rope, step.first + t], step.sin[rope, step.first + t]
+        for i in range(p.bias.size):
+            row[i] += p.bias[i]
+        for h in range(heads.last - heads.first):
+            _finish_head(row[h * dim : (h + 1) * dim], p.q_norm, p, cos, sin)
+        for h in range(cache.keys.shape[1]):
+            key = row[p.k_start + h * dim : p.k_start + (h + 1) * dim]
+            value = row[p.v_start + h * dim : p.v_start + (h + 1) * dim]
+            _finish_head(key, p.k_norm, p, cos, sin)
+            _clip(value, np.float32(p.clip))
+            _store(key, value, cache.keys[slot, h], cache.key_scales[slot, h], cache.values[slot, h],
+                   cache.value_scales[slot, h], step.positions[t])  # fmt: skip
+
+
+@njit(cache=True, nogil=True, inline="never")
+def rope_and_store(qkv, heads, preparation, step, rope, cache, threads):
     """Finish queries and keys in place and put keys and values into the cache.
 
-    qkv: (tokens, n) float32, q heads from 0, k heads from k_start, v heads from v_start; bias: (n,) or empty;
-    q_norm, k_norm: (head_dim,) RMSNorm weights a head, or empty; cos, sin: (tokens, head_dim / 2) float32, the
-    rotary embedding in half-split order (arXiv:2104.09864); keys, values and scales: the cache, see
-    `kernels.attention`; slots, positions: (tokens,) int32.
+    qkv: (>= tokens, n) float32, the rank's q heads from column 0, k and v heads from where `Preparation` says.
+    heads, cache: see `kernels.attention`. step: slots, positions (tokens,) int32; cos, sin (ropes, all tokens, rotated
+    dimensions / 2) float32, the rotary embedding in half-split order (arXiv:2104.09864), these tokens' from `first` on.
+    rope: which of them.
     """
-    for t in prange(qkv.shape[0]):
-        slot = slots[t]
-        rope_and_store_row(qkv[t], bias, q_norm, k_norm, eps, cos[t], sin[t], head_dim, q_heads, k_start, v_start,
-                           keys[slot], key_scales[slot], values[slot], value_scales[slot], positions[t])  # fmt: skip
+    if threads == 1 or step.positions.size == 1:
+        _rope_and_store_share(qkv, heads, preparation, step, rope, cache, np.int64(0), np.int64(1))
+    else:
+        run_parallel(_rope_and_store_share, (qkv, heads, preparation, step, rope, cache), threads)

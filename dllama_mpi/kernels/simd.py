@@ -1,224 +1,62 @@
 """A SIMD vocabulary for Numba: vector types and operations, emitted as LLVM vector IR.
 
-Kernels are written once on top of `Emitter`; what differs between instruction sets is a method of a subclass.
-Anything not overridden is plain vector IR, which LLVM lowers correctly for every processor.
+Kernels are written once on top of `Emitter`; what differs between instruction sets is a method of a subclass here.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .emitter import (
+    BYTES,
+    F16,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    NIBBLES,
+    SMALL,
+    Codes,
+    Emitter,
+    constant,
+    vector,
+)
 from .runtime import ISA
 
-I8, I16, I32, I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
 
-Codes = Iterator[tuple[int, ir.Value]]
+class Shuffle(NamedTuple):
+    """The LLVM intrinsic that shuffles, by bytes 0..15, so many bytes in parts of 16."""
 
-_LN2_HIGH, _LN2_LOW = float.fromhex("0x1.62e4p-1"), float.fromhex("0x1.7f7d1cp-20")
-# Of e**r, highest power first: 1 + r + r**2 * (the polynomial of least relative error, 2**-28, on +-ln 2 / 2).
-_EXP_POLYNOMIAL = [
-    float.fromhex(c)
-    for c in ("0x1.6a23dp-10", "0x1.123a2p-7", "0x1.5558f2p-5", "0x1.555492p-3", "0x1.fffffcp-2", "0x1p0", "0x1p0")
-]
+    name: str
+    size: int
 
 
-def vector(element: ir.Type, count: int) -> ir.VectorType:
-    """Return the vector type of `count` elements."""
-    return ir.VectorType(element, count)
+class ByteShuffle(Emitter):
+    """An instruction set with an instruction that shuffles bytes, whose first operand is the table."""
+
+    shuffle: Shuffle
+
+    def lookup(self, table: ir.Value, codes: ir.Value) -> ir.Value:
+        wide = self.pick(table, [*range(16)] * (self.shuffle.size // 16))
+
+        def native(part: ir.Value) -> ir.Value:
+            return self.call(self.shuffle.name, part.type, wide, part)
+
+        return self.by_parts(codes.type.count // self.shuffle.size, native, codes)
 
 
-def constant(element: ir.Type, count: int, value: float) -> ir.Constant:
-    """Return a vector constant with `value` in every lane."""
-    return ir.Constant(vector(element, count), [value] * count)
-
-
-def _single(value: float) -> float:
-    """Return the float32 nearest to a value, as LLVM wants constants."""
-    return struct.unpack("f", struct.pack("f", value))[0]
-
-
-class Emitter:
-    """Emits vector operations into one LLVM function; addresses are 64-bit integers, in bytes.
-
-    Attributes:
-        offset: what `block_dots` wants added to signed codes that are not narrow.
-        ahead: bytes by which weights are prefetched, or 0 to leave it to
-            the hardware.
-    """
-
-    offset = 0
-    ahead = 4096
-
-    def __init__(self, builder: ir.IRBuilder) -> None:
-        self.b = builder
-
-    def dot_shape(self, tokens: int, narrow: bool) -> tuple[int, int]:
-        """Return how many rows and tokens an inner kernel of `block_dots` takes at once, to stay in the registers."""
-        return 16, min(tokens, 2)
-
-    def fma_shape(self, tokens: int) -> tuple[int, int]:
-        """Return the same for inner kernels of float32."""
-        return 16, min(tokens, 4)
-
-    def load(self, address: ir.Value, ty: ir.Type, align: int) -> ir.Value:
-        """Load a scalar or vector."""
-        return self.b.load(self.b.inttoptr(address, ty.as_pointer()), align=align)
-
-    def store(self, value: ir.Value, address: ir.Value, align: int) -> None:
-        """Store a scalar or vector."""
-        self.b.store(value, self.b.inttoptr(address, value.type.as_pointer()), align=align)
-
-    def splat(self, value: ir.Value, count: int) -> ir.Value:
-        """Broadcast a scalar to every lane."""
-        ty = vector(value.type, count)
-        one = self.b.insert_element(ir.Constant(ty, ir.Undefined), value, I32(0))
-        return self.b.shuffle_vector(one, ir.Constant(ty, ir.Undefined), ir.Constant(vector(I32, count), [0] * count))
-
-    def fma(self, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-        """Return x * y + z, rounded once, for vectors of float32."""
-        ty = x.type
-        fma = cgutils.get_or_insert_function(self.b.module, ir.FunctionType(ty, [ty] * 3), f"llvm.fma.v{ty.count}f32")
-        return self.b.call(fma, [x, y, z])
-
-    def exp(self, x: ir.Value) -> ir.Value:
-        """Return e**x for vectors of float32, within 1 unit in the last place.
-
-        0 below -87.3, where the result would be subnormal; infinity above 88.7; NaN stays NaN.
-        """
-        b, ty = self.b, x.type
-        bits = vector(I32, ty.count)
-
-        def lanes(value: float) -> ir.Constant:
-            return constant(F32, ty.count, value)
-
-        # x = n ln 2 + r: adding 1.5 * 2**23 rounds to an integer, which then stands in the lowest bits.
-        shifted = self.fma(x, lanes(_single(1.4426950408889634)), lanes(12582912.0))
-        n = b.fsub(shifted, lanes(12582912.0))
-        r = self.fma(n, lanes(-_LN2_HIGH), x)  # n times the short upper part of ln 2 is exact
-        r = self.fma(n, lanes(-_LN2_LOW), r)
-        result = lanes(_EXP_POLYNOMIAL[0])
-        for coefficient in _EXP_POLYNOMIAL[1:]:
-            result = self.fma(result, r, lanes(coefficient))
-        # Times 2**n: n is added to the exponent.
-        power = b.shl(b.bitcast(shifted, bits), constant(I32, ty.count, 23))
-        result = b.bitcast(b.add(b.bitcast(result, bits), power), ty)
-        beyond = b.fadd(x, lanes(float("inf")))  # infinity for large x, NaN for NaN
-        result = b.select(b.fcmp_ordered("<=", x, lanes(_single(88.72283172607422))), result, beyond)
-        return b.select(b.fcmp_ordered("<", x, lanes(_single(-87.33654022216797))), lanes(0.0), result)
-
-    def broadcast(self, address: ir.Value, index: int, element: ir.Type, count: int) -> ir.Value:
-        """Return element `index` of an array of 4-byte elements, a multiple of four of them, in every lane."""
-        return self.splat(self.load(self.b.add(address, I64(4 * index)), element, 4), count)
-
-    def columns(self, x: ir.Value, quad: int, rows: int) -> ir.Value:
-        """Return columns 4 * quad to 4 * quad + 3 of the int8 block at address x, once a row: <4*rows x i8>."""
-        return self.b.bitcast(self.broadcast(x, quad, I32, rows), vector(I8, 4 * rows))
-
-    def block_dots(self, codes: Codes, narrow: bool, xs: list[ir.Value], totals: list[ir.Value]) -> list[ir.Value]:
-        """Add to the int32 totals of each token, <rows x i32>, the dot products of its 32 columns with every row.
-
-        codes: pairs (quad, weights <4*rows x i8> of columns 4 * quad to 4 * quad + 3), emitted as they are drawn;
-        narrow: they are 0..15, else -128..127 plus `offset`; xs: addresses of each token's 32 int8, -127..127.
-
-        Here products are summed in int16 as long as they fit: eight narrow ones are at most 15,240, two others 32,512.
-        """
-        b = self.b
-        pairs: list = [None] * len(xs)
-        sums: list = [None] * len(xs)
-        for k, (quad, weights) in enumerate(codes):
-            wide = vector(I16, weights.type.count)
-            factor = b.sext(weights, wide)
-            for t, x in enumerate(xs):
-                product = b.mul(factor, b.sext(self.columns(x, quad, totals[t].type.count), wide))
-                sums[t] = product if sums[t] is None else b.add(sums[t], product)
-                if k == 7 or (k % 2 == 1 and not narrow):
-                    two = self.add_pairs(sums[t])
-                    pairs[t], sums[t] = two if pairs[t] is None else b.add(pairs[t], two), None
-        return [b.add(total, self.add_pairs(pair)) for total, pair in zip(totals, pairs, strict=True)]
-
-    def dot4(self, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
-        """Add to each int32 lane the four products of its bytes of weights, 0..127 + `offset`, and of x, -127..127."""
-        wide = vector(I16, x.type.count)
-        product = self.b.mul(self.b.sext(weights, wide), self.b.sext(x, wide))
-        return self.b.add(total, self.add_pairs(self.add_pairs(product)))
-
-    def add_pairs(self, values: ir.Value) -> ir.Value:
-        """Return the sums of neighbouring lanes as int32."""
-        count = values.type.count
-        two = [self.pick(values, range(first, count, 2)) for first in (0, 1)]
-        if values.type.element != I32:
-            two = [self.b.sext(part, vector(I32, count // 2)) for part in two]
-        return self.b.add(*two)
-
-    def pick(self, values: ir.Value, lanes: Iterable[int]) -> ir.Value:
-        """Return a vector of some lanes of another."""
-        lanes = [*lanes]
-        nothing = ir.Constant(values.type, ir.Undefined)
-        return self.b.shuffle_vector(values, nothing, ir.Constant(vector(I32, len(lanes)), lanes))
-
-    def by_parts(self, parts: int, operation: Callable[..., ir.Value], *vectors: ir.Value) -> ir.Value:
-        """Return the results, one after the other, of an operation on each of so many equal parts of vectors."""
-        if parts == 1:
-            return operation(*vectors)
-        results = []
-        for half in (0, 1):
-            picked = [self.pick(v, range(half * v.type.count // 2, (half + 1) * v.type.count // 2)) for v in vectors]
-            results.append(self.by_parts(parts // 2, operation, *picked))
-        count = 2 * results[0].type.count
-        return self.b.shuffle_vector(*results, ir.Constant(vector(I32, count), [*range(count)]))
-
-    def prefetch(self, address: ir.Value, size: int) -> None:
-        """Ask for `size` bytes `ahead` of an address, which need not exist."""
-        for line in range(self.ahead, self.ahead + size, 64) if self.ahead else ():
-            pointer = self.b.inttoptr(self.b.add(address, I64(line)), I8.as_pointer())
-            self.call("llvm.prefetch.p0i8", ir.VoidType(), pointer, I32(0), I32(3), I32(1))
-
-    def call(self, name: str, ty: ir.Type, *args: ir.Value) -> ir.Value:
-        """Call an LLVM intrinsic."""
-        function = ir.FunctionType(ty, [a.type for a in args])
-        return self.b.call(cgutils.get_or_insert_function(self.b.module, function, name), args)
-
-    def counted_loop(self, count: ir.Value, state: list[ir.Value], body) -> list[ir.Value]:
-        """Emit `for i in range(count): state = body(i, state)`, values in registers; return the final state."""
-        b = self.b
-        entry, loop, done = b.block, b.append_basic_block("loop"), b.append_basic_block("done")
-        b.cbranch(b.icmp_signed(">", count, I64(0)), loop, done)
-        b.position_at_end(loop)
-        i = b.phi(I64)
-        i.add_incoming(I64(0), entry)
-        phis = [b.phi(s.type) for s in state]
-        for phi, start in zip(phis, state, strict=True):
-            phi.add_incoming(start, entry)
-        after = body(i, phis)
-        following = b.add(i, I64(1))
-        i.add_incoming(following, b.block)
-        for phi, value in zip(phis, after, strict=True):
-            phi.add_incoming(value, b.block)
-        last = b.block
-        b.cbranch(b.icmp_signed("<", following, count), loop, done)
-        b.position_at_end(done)
-        results = []
-        for start, value in zip(state, after, strict=True):
-            phi = b.phi(start.type)
-            phi.add_incoming(start, entry)
-            phi.add_incoming(value, last)
-            results.append(phi)
-        return results
-
-
-class DotProduct(Emitter):
+class DotProduct(ByteShuffle):
     """An instruction set with an instruction for dot products of four bytes, `native_dot4` on `dot_lanes` lanes."""
 
     dot_lanes: int
 
-    def block_dots(self, codes: Codes, narrow: bool, xs: list[ir.Value], totals: list[ir.Value]) -> list[ir.Value]:
+    def block_dots(self, codes: Codes, most: int, xs: list[ir.Value], totals: list[ir.Value]) -> list[ir.Value]:
         rows = totals[0].type.count
         for quad, weights in codes:
             totals = [
@@ -237,7 +75,7 @@ class DotProduct(Emitter):
 class Vnni(DotProduct):
     """VNNI multiplies unsigned with signed bytes; its LLVM intrinsics are told by the registers' bits."""
 
-    offset = 128
+    offsets: ClassVar = {SMALL: 128, BYTES: 128}
 
     def native_dot4(self, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
         # As int32 lanes, the way LLVM had it until release 22, which still takes it so.
@@ -249,8 +87,9 @@ class Avx512Vnni(Vnni):
     """AVX-512 with VNNI: 64 products an instruction, and 32 registers."""
 
     dot_lanes = 16
+    shuffle = Shuffle("llvm.x86.avx512.pshuf.b.512", 64)
 
-    def dot_shape(self, tokens: int, narrow: bool) -> tuple[int, int]:
+    def dot_shape(self, tokens: int, most: int) -> tuple[int, int]:
         return 16, tokens
 
     def fma_shape(self, tokens: int) -> tuple[int, int]:
@@ -261,35 +100,64 @@ class Avx2Vnni(Vnni):
     """AVX2 with AVX-VNNI: 32 products an instruction, and 16 registers."""
 
     dot_lanes = 8
+    shuffle = Shuffle("llvm.x86.avx2.pshuf.b", 32)
 
-    def dot_shape(self, tokens: int, narrow: bool) -> tuple[int, int]:
+    def dot_shape(self, tokens: int, most: int) -> tuple[int, int]:
         return 16, min(tokens, 4)
 
 
-class Avx2(Emitter):
+class Avx2(ByteShuffle):
     """AVX2: products of unsigned and signed bytes, added in pairs to int16, never so many that they saturate."""
 
-    def dot_shape(self, tokens: int, narrow: bool) -> tuple[int, int]:
-        return 8, min(tokens, 4 if narrow else 2)
+    shuffle = Shuffle("llvm.x86.avx2.pshuf.b", 32)
+    offsets: ClassVar = {SMALL: 16}
 
-    def block_dots(self, codes: Codes, narrow: bool, xs: list[ir.Value], totals: list[ir.Value]) -> list[ir.Value]:
-        b, rows = self.b, totals[0].type.count
-        totals = list(totals)
-        sums: list = [None] * len(xs)
-        zero = constant(I8, 4 * rows, 0)
-        for quad, weights in codes:
-            size = None if narrow else b.select(b.icmp_signed("<", weights, zero), b.sub(zero, weights), weights)
-            for t, address in enumerate(xs):
-                x = self.columns(address, quad, rows)
-                if narrow:  # a block's sixteen products in a lane are at most 30,480
-                    two = self.products(weights, x)
-                    sums[t] = two if sums[t] is None else b.add(sums[t], two)
-                else:  # w * x = |w| * (x with the sign of w)
-                    sign = self.call("llvm.x86.avx2.psign.b", x.type, x, weights)
-                    totals[t] = self.dot4(totals[t], size, sign)
-        if narrow:
-            totals = [b.add(total, self.add_pairs(two)) for total, two in zip(totals, sums, strict=True)]
+    def dot_shape(self, tokens: int, most: int) -> tuple[int, int]:
+        return 8, min(tokens, 2 if most == BYTES else 4)
+
+    def block_dots(self, codes: Codes, most: int, xs: list[ir.Value], totals: list[ir.Value]) -> list[ir.Value]:
+        if most != BYTES:
+            for sums in self.pair_sums(codes, most, xs):
+                totals = [self.b.add(total, self.add_pairs(two)) for total, two in zip(totals, sums, strict=True)]
+            return totals
+        rows = totals[0].type.count
+        for quad, weights in codes:  # w * x = |w| * (x with the sign of w)
+            size = self.size(weights)
+            signed = [
+                self.call("llvm.x86.avx2.psign.b", weights.type, self.columns(x, quad, rows), weights) for x in xs
+            ]
+            totals = [self.dot4(total, size, x) for total, x in zip(totals, signed, strict=True)]
         return totals
+
+    def pair_sums(self, codes: Codes, most: int, xs: list[ir.Value]) -> Iterator[list[ir.Value]]:
+        """Emit each token's sums of neighbouring products, in int16, for as many codes at a time as surely fit.
+
+        Eight times two products of nibbles are at most 30,480, four times two of small codes with their offset 28,448.
+        """
+        sums: list = []
+        for k, (quad, weights) in enumerate(codes):
+            two = [self.products(weights, self.columns(x, quad, weights.type.count // 4)) for x in xs]
+            sums = [self.b.add(*pair) for pair in zip(sums, two, strict=True)] if sums else two
+            if k == 7 or (k == 3 and most == SMALL):
+                yield sums
+                sums = []
+
+    def scaled_dots(
+        self, codes: Codes, xs: list[ir.Value], s: ir.Value, m: ir.Value, offsets: list[ir.Value]
+    ) -> list[ir.Value]:
+        b, rows = self.b, s.type.count
+        words, pairs = vector(I32, rows), vector(I16, 2 * rows)
+        s, m = b.zext(s, words), b.bitcast(b.zext(m, words), pairs)  # an offset fits into 16 bits, and so takes m and 0
+        s = b.bitcast(b.or_(s, b.shl(s, constant(I32, rows, 16))), pairs)
+        (sums,) = self.pair_sums(codes, NIBBLES, xs)
+        shifts = [self.add_products(b.bitcast(offset, pairs), m) for offset in offsets]
+        totals = [b.add(self.add_products(two, s), shift) for two, shift in zip(sums, shifts, strict=True)]
+        return [b.sitofp(total, vector(F32, rows)) for total in totals]
+
+    def size(self, codes: ir.Value) -> ir.Value:
+        """Return the sizes of signed bytes, as unsigned ones."""
+        zero = constant(I8, codes.type.count, 0)
+        return self.b.select(self.b.icmp_signed("<", codes, zero), self.b.sub(zero, codes), codes)
 
     def dot4(self, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
         return self.b.add(total, self.add_pairs(self.products(weights, x)))
@@ -306,18 +174,24 @@ class Avx2(Emitter):
         if values.type.element != I16:
             return super().add_pairs(values)
 
-        def native(words: ir.Value) -> ir.Value:
-            return self.call("llvm.x86.avx2.pmadd.wd", vector(I32, 8), words, constant(I16, 16, 1))
+        return self.add_products(values, constant(I16, values.type.count, 1))
 
-        return self.by_parts(values.type.count // 16, native, values)
+    def add_products(self, x: ir.Value, y: ir.Value) -> ir.Value:
+        """Return the sums of neighbouring int16's products, as int32."""
+
+        def native(x: ir.Value, y: ir.Value) -> ir.Value:
+            return self.call("llvm.x86.avx2.pmadd.wd", vector(I32, 8), x, y)
+
+        return self.by_parts(x.type.count // 16, native, x, y)
 
 
-class Neon(Emitter):
+class Neon(ByteShuffle):
     """NEON, which multiplies by one lane of a register: four elements are loaded at once."""
 
     ahead = 0
+    shuffle = Shuffle("llvm.aarch64.neon.tbl1.v16i8", 16)
 
-    def dot_shape(self, tokens: int, narrow: bool) -> tuple[int, int]:
+    def dot_shape(self, tokens: int, most: int) -> tuple[int, int]:
         return 16, 1
 
     def broadcast(self, address: ir.Value, index: int, element: ir.Type, count: int) -> ir.Value:
@@ -339,7 +213,7 @@ class NeonDot(DotProduct, Neon):
 
     dot_lanes = 4
 
-    def dot_shape(self, tokens: int, narrow: bool) -> tuple[int, int]:
+    def dot_shape(self, tokens: int, most: int) -> tuple[int, int]:
         return (16, tokens) if tokens <= 2 else (8, 4)
 
     def native_dot4(self, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
@@ -398,3 +272,13 @@ def bf16_to_f32(typingctx, value):
         return builder.bitcast(builder.shl(builder.zext(args[0], I32), I32(16)), F32)
 
     return types.float32(types.uint16), codegen
+
+
+@intrinsic
+def bits_of(typingctx, value):
+    """Return the bits (uint32) of a float32."""
+
+    def codegen(context, builder, signature, args):
+        return builder.bitcast(args[0], I32)
+
+    return types.uint32(types.float32), codegen

@@ -1,204 +1,171 @@
-"""One frozen `ModelConfig` from a Hugging Face config.json of either generation."""
+"""The shape of a model: one frozen `ModelConfig`, in which each layer says what it is made of."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from ..errors import ModelError
 from .rope import RopeConfig
 
-Json = Mapping[str, Any]
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention.
+
+    Attributes:
+        window: positions a token sees, itself included, or 0 for all. scale: of the scores.
+        softcap: s: scores become s * tanh(score / s); 0 for none. sinks: whether each head has a logit of its own.
+        qk_norm: "" for none, "head" for an RMSNorm of each head's queries and keys, "whole" for one of all heads.
+        clip: what queries, keys and values are limited to in size before the rotation; 0 for no limit.
+        norm_last: whether it comes after the rotation. gate: whether outputs are multiplied by a projection's sigmoids.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: RopeConfig
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: str = ""
+    norm_last: bool = False
+    clip: float = 0.0
+    sinks: bool = False
+    gate: bool = False
+
+
+@dataclass(frozen=True)
+class DeltaNetConfig:
+    """Gated delta net (arXiv:2412.06464): a state of (key_dim, value_dim) for each value head.
+
+    Attributes:
+        kernel: size of the causal convolution over queries, keys and values.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+
+
+@dataclass(frozen=True)
+class ShortConvConfig:
+    """Gated short convolution: out(c * conv(b * x)), b, c and x projections of the input.
+
+    Attributes:
+        kernel: size of the causal convolution. bias: whether projections and convolution have biases.
+    """
+
+    kernel: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class MLPConfig:
+    """Gated feed-forward layer; activation: a key of `kernels.activation.ACTIVATIONS`; limit, alpha: see there."""
+
+    intermediate_size: int
+    activation: str = "silu"
+    bias: bool = False
+    limit: float = 0.0
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Mixture of experts.
+
+    Attributes:
+        expert: each of them. top_k: how many a token uses. scoring: "softmax" or "sigmoid".
+        normalised: whether the weights of the chosen sum to 1, before they are multiplied with `scale`.
+        router_bias: whether logits have a bias. correction: whether scores have one where experts are compared.
+        groups, best_groups: only experts of the best groups may be chosen.
+        shared: an expert that all tokens use. shared_gate: whether it is multiplied by the sigmoid of a projection.
+        published: the format in which their publisher gives the experts' matrices; "" where it is none of ours.
+    """
+
+    expert: MLPConfig
+    num_experts: int
+    top_k: int
+    scoring: str = "softmax"
+    normalised: bool = True
+    scale: float = 1.0
+    router_bias: bool = False
+    correction: bool = False
+    groups: int = 1
+    best_groups: int = 1
+    shared: MLPConfig | None = None
+    shared_gate: bool = False
+    published: str = ""
+
+
+Mixer = AttentionConfig | DeltaNetConfig | ShortConvConfig
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One decoder layer: a mixer and a feed-forward, each with norms before it, after it, or both.
+
+    Attributes:
+        norm_before, norm_after: whether inputs and outputs of both halves are normalised.
+        residual_scale: what outputs are multiplied with before they are added to the residual.
+    """
+
+    mixer: Mixer
+    feed: MLPConfig | ExpertsConfig
+    norm_before: bool = True
+    norm_after: bool = False
+    residual_scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a dense decoder-only transformer.
+    """The shape of a decoder-only transformer.
 
     Attributes:
-        model_type: the architecture's name in config.json.
-        windows: for each layer, the positions a token sees (itself included), or 0 for all.
-        qkv_bias, o_bias, mlp_bias: whether those linear layers have biases.
-        qk_norm: whether queries and keys pass an RMSNorm over each head.
+        model_type: the architecture's name in config.json. norm_eps: of RMSNorms.
+        embedding_scale, logit_scale: what embeddings and logits are multiplied with. logit_softcap: s: logits become
+            s * tanh(logit / s); 0 for none.
+        query_scaling: (beta, n): queries at position p are multiplied with 1 + beta * log(1 + p // n).
+        later_layers: layers that the files may have after the decoder's, to predict further tokens; not used here.
     """
 
     model_type: str
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     max_position_embeddings: int
-    rms_norm_eps: float
+    norm_eps: float
     tie_word_embeddings: bool
-    rope: RopeConfig
-    windows: tuple[int, ...]
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
+    layers: tuple[LayerConfig, ...]
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+    query_scaling: tuple[float, int] | None = None
+    later_layers: int = 0
 
     @property
-    def parameters(self) -> int:
-        """Number of weights, counting a tied embedding once."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = self.hidden_size * (2 * q + 2 * kv) + self.qkv_bias * (q + 2 * kv) + self.o_bias * self.hidden_size
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        mlp += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
-        norms = 2 * self.hidden_size + self.qk_norm * 2 * self.head_dim
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return self.num_layers * (attention + mlp + norms) + self.hidden_size + embeddings
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
 
-    @staticmethod
-    def load(folder: Path) -> ModelConfig:
-        """Read `folder`/config.json.
+    @property
+    def attentions(self) -> list[AttentionConfig]:
+        """The layers with attention."""
+        return [layer.mixer for layer in self.layers if isinstance(layer.mixer, AttentionConfig)]
 
-        Raises:
-            ModelError: the folder or file is missing, or describes a model this program does not know.
-        """
-        return ModelConfig.from_hf(read_config(folder), str(folder / "config.json"))
+    @property
+    def ropes(self) -> list[RopeConfig]:
+        """The different rotations, in the order of their first layers."""
+        return list(dict.fromkeys(attention.rope for attention in self.attentions))
 
-    @staticmethod
-    def from_hf(config: Json, where: str = "config.json") -> ModelConfig:
-        """Read a parsed config.json; `where` names it in errors.
+    @property
+    def has_state(self) -> bool:
+        """Whether layers remember a state that cannot go back, not positions one by one."""
+        return len(self.attentions) < self.num_layers
 
-        Raises:
-            ModelError: an unknown architecture, a missing key, or a value that cannot be.
-        """
-        kind = config.get("model_type")
-        if not isinstance(kind, str) or kind not in ARCHITECTURES:
-            known = ", ".join(sorted(ARCHITECTURES))
-            raise ModelError(f"{where}: model_type {kind!r} is not supported; supported are {known}")
-        quantised = config.get("quantization_config")
-        if quantised is not None:
-            method = quantised.get("quant_method", "?") if isinstance(quantised, Mapping) else quantised
-            raise ModelError(f"{where}: weights quantised by {method!r} cannot be read; use the BF16, F16 or F32 model")
-        if config.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise ModelError(f"{where}: hidden_act {config['hidden_act']!r} is not supported; supported is silu")
-        config = {**_DEFAULTS.get(kind, {}), **config}
-        try:
-            made = _common(config, where, **ARCHITECTURES[kind](config))
-        except ZeroDivisionError:
-            raise ModelError(f"{where}: num_attention_heads is 0; it must be at least 1") from None
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            what = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
-            raise ModelError(f"{where}: {what}") from None
-        _check(made, where)
-        return made
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the parsed config.json of a model directory.
-
-    Raises:
-        ModelError: no such directory, no config.json in it, or not JSON.
-    """
-    path = folder / "config.json"
-    if not folder.exists():
-        raise ModelError(f"{folder}: no such model directory; give --model a folder with config.json and *.safetensors")
-    if not path.is_file():
-        raise ModelError(f"{folder}: not a model directory (no config.json); give a folder as Hugging Face lays it out")
-    try:
-        parsed = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return parsed
-
-
-def _common(config: Json, where: str, *, windows: tuple[int, ...] | None = None, **extra: Any) -> ModelConfig:
-    heads, layers = int(config["num_attention_heads"]), int(config["num_hidden_layers"])
-    head_dim = config.get("head_dim") or int(config["hidden_size"]) // heads
-    positions = int(config.get("max_position_embeddings", 2048))
-    return ModelConfig(
-        model_type=config["model_type"],
-        vocab_size=int(config["vocab_size"]),
-        hidden_size=int(config["hidden_size"]),
-        intermediate_size=int(config["intermediate_size"]),
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(head_dim),
-        max_position_embeddings=positions,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-        rope=RopeConfig.from_hf(config, where, int(head_dim), positions),
-        windows=windows or (0,) * layers,
-        **extra,
-    )
-
-
-def _check(c: ModelConfig, where: str) -> None:
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_layers",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-    ):
-        if getattr(c, name) < 1:
-            raise ModelError(f"{where}: {name} is {getattr(c, name)}; it must be at least 1")
-    if c.num_heads % c.num_kv_heads:
-        raise ModelError(
-            f"{where}: num_attention_heads {c.num_heads} is not a multiple of num_key_value_heads {c.num_kv_heads}"
-        )
-    if c.head_dim % 2:
-        raise ModelError(f"{where}: head_dim {c.head_dim} is odd; rotary embedding needs pairs")
-    if len(c.windows) != c.num_layers:
-        raise ModelError(f"{where}: layer_types has {len(c.windows)} entries for {c.num_layers} layers")
-
-
-def _layer_windows(config: Json) -> tuple[int, ...]:
-    """Return Qwen's windows a layer: layer_types where given, else all layers from max_window_layers on."""
-    layers, window = int(config["num_hidden_layers"]), config.get("sliding_window", 4096)
-    if not config.get("use_sliding_window", False) or not window:
-        return (0,) * layers
-    kinds = config.get("layer_types") or [
-        "sliding_attention" if i >= int(config.get("max_window_layers", 28)) else "full_attention"
-        for i in range(layers)
-    ]
-    return tuple(int(window) if kind == "sliding_attention" else 0 for kind in kinds)
-
-
-def _llama(config: Json) -> dict[str, Any]:
-    bias = bool(config.get("attention_bias", False))
-    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(config.get("mlp_bias", False))}
-
-
-def _mistral(config: Json) -> dict[str, Any]:
-    if config.get("layer_types"):
-        raise ValueError("layer_types is not supported for mistral")
-    return {"windows": (int(config.get("sliding_window", 4096) or 0),) * int(config["num_hidden_layers"])}
-
-
-def _qwen2(config: Json) -> dict[str, Any]:
-    return {"windows": _layer_windows(config), "qkv_bias": True}
-
-
-def _qwen3(config: Json) -> dict[str, Any]:
-    bias = bool(config.get("attention_bias", False))
-    return {"windows": _layer_windows(config), "qkv_bias": bias, "o_bias": bias, "qk_norm": True}
-
-
-# What a missing key means, where the architectures differ (transformers' configuration classes).
-_DEFAULTS: dict[str, Json] = {
-    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
-    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
-    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
-}
-
-# The next dense architecture is an entry here: what its config says beyond the common keys.
-ARCHITECTURES: dict[str, Callable[[Json], dict[str, Any]]] = {
-    "llama": _llama,
-    "mistral": _mistral,
-    "qwen2": _qwen2,
-    "qwen3": _qwen3,
-}
+    @property
+    def can_reuse(self) -> bool:
+        """Whether what is remembered of a text serves another text that begins alike."""
+        return all(rope.kind not in ("dynamic", "longrope") for rope in self.ropes)

@@ -1,77 +1,99 @@
-"""Linear layers Y = X A^T, each knowing how its weight is cut, and the activations that go through them."""
+"""Linear layers Y = X A^T in compiled code: how their matrices are cut, and which of them are multiplied together."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+from numba import njit
+from numba.extending import overload
 
-from ..kernels.layout import BLOCK, ROWS, TileFormat, ceil_to
-from ..weights.checkpoint import Checkpoint
-from ..weights.tiles import TileMatrix, aligned_empty, load_matrix, load_vector
-from .forward import products
+from ..kernels.layout import ROWS
+from ..kernels.matrix import FIELDS, TILE_ROWS, multiply_rows
+from ..kernels.parallel import run_parallel
+from ..kernels.simd import address
 
-EMPTY = np.zeros(0, np.float32)
+NO_FIELDS = np.zeros((0, FIELDS), np.int64)
 
 
-class Activations:
-    """A buffer for the input of linear layers: float32 values and, for quantised weights, their Q80 form.
+class NoMatrix(NamedTuple):
+    """Stands where a layer has no such matrix."""
 
-    Attributes:
-        values: (tokens, cols) float32, cols a multiple of 32; padding stays zero.
-        codes, scales, offsets: (tokens, cols) int8, (tokens, cols/32) float32 and int32 (-8 * the block's codes),
-            empty when the weights take float32.
+    fields: np.ndarray = NO_FIELDS
+
+
+class SideBySide(NamedTuple):
+    """Column-parallel matrices, Y_r = X A_r^T, whose outputs stand side by side, each padded to 16 columns.
+
+    Each rank holds rows of every A; X is whole. No communication. Each may have a format of its own, or be absent
+    (`NoMatrix`); fields: (layers, FIELDS) each.
     """
 
-    def __init__(self, tokens: int, cols: int, fmt: TileFormat) -> None:
-        cols = ceil_to(cols, BLOCK)
-        quantised = tokens if fmt.quantised_activations else 0
-        self.values = aligned_empty((tokens, cols), np.float32)
-        self.values[:] = 0
-        self.codes = aligned_empty((quantised, cols), np.int8)
-        self.scales = np.zeros((quantised, cols // BLOCK), np.float32)
-        self.offsets = np.zeros((quantised, cols // BLOCK), np.int32)
-
-    def quantised(self, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the Q80 arrays for the first tokens, as kernels that fill them take them."""
-        return self.codes[:tokens], self.scales[:tokens], self.offsets[:tokens]
-
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Return all four arrays, whole, in the order kernels take them."""
-        return self.values, self.codes, self.scales, self.offsets
+    first: tuple
+    second: tuple
+    third: tuple
+    fourth: tuple = NoMatrix()
+    fifth: tuple = NoMatrix()
+    sixth: tuple = NoMatrix()
 
 
-def described(*matrices: TileMatrix) -> np.ndarray:
-    """Return matrices as kernels take them, see `kernels.layers`; the matrices must outlive it."""
-    tiles = [m.tiles for m in matrices]
-    return np.array([[t.ctypes.data, t.strides[0], t.shape[0], t.shape[1]] for t in tiles], np.int64).ravel()
+def _share_of(matrix, layer, x, out, column, tokens, thread, threads):
+    """Do a thread's part of one matrix's product, from a column of `out` on; return the column after it."""
+    raise NotImplementedError  # compiled code only
 
 
-def multiply(matrix: TileMatrix, x: Activations, out: np.ndarray, tokens: int, threads: int) -> None:
-    """Compute out[:tokens, :rows] = x @ matrix^T for the whole tiles of the matrix.
+@overload(_share_of)
+def _choose_share_of(matrix, layer, x, out, column, tokens, thread, threads):
+    if matrix.instance_class is NoMatrix:
+        return lambda matrix, layer, x, out, column, tokens, thread, threads: column
 
-    out: (>= tokens, rows rounded up to 16) float32, contiguous.
+    def share(matrix, layer, x, out, column, tokens, thread, threads):
+        m = matrix.fields[layer]
+        rows = m[TILE_ROWS]
+        first, last = rows * thread // threads, rows * (thread + 1) // threads
+        if first < last:
+            y = address(out) + 4 * column
+            multiply_rows(m, first, last, x, np.int64(0), tokens, y, 4 * out.shape[1])
+        return column + ROWS * rows
+
+    return share
+
+
+@njit(cache=True, nogil=True, inline="never")
+def _project_share(w, layer, x, out, tokens, thread, threads):
+    column = _share_of(w.first, layer, x, out, np.int64(0), tokens, thread, threads)
+    column = _share_of(w.second, layer, x, out, column, tokens, thread, threads)
+    column = _share_of(w.third, layer, x, out, column, tokens, thread, threads)
+    column = _share_of(w.fourth, layer, x, out, column, tokens, thread, threads)
+    column = _share_of(w.fifth, layer, x, out, column, tokens, thread, threads)
+    _share_of(w.sixth, layer, x, out, column, tokens, thread, threads)
+
+
+@njit(cache=True, nogil=True, inline="never")
+def project(w, layer, x, out, tokens, threads):
+    """Multiply the first `tokens` rows of `Activations` x with a layer's matrices of a `SideBySide`.
+
+    out: (>= tokens, >= all outputs) float32, contiguous.
     """
-    products(matrix.format.marker, described(matrix), x.values, x.codes, x.scales, x.offsets, out, tokens, threads)
+    if threads == 1:
+        _project_share(w, layer, x, out, tokens, np.int64(0), np.int64(1))
+    else:
+        run_parallel(_project_share, (w, layer, x, out, tokens), threads)
 
 
-class ColumnParallelLinear:
-    """Y_r = X A_r^T + b_r: the rank holds rows `rows` of A (out, in) and of b; X is whole. No communication."""
-
-    def __init__(
-        self, source: Checkpoint, name: str, shape: tuple[int, int], rows: tuple[int, int], fmt: TileFormat, bias: bool
-    ) -> None:
-        self.matrix = load_matrix(source, f"{name}.weight", shape, rows, (0, shape[1]), fmt)
-        self.bias = load_vector(source, f"{name}.bias", shape[0], rows) if bias else EMPTY
-        self.width = ceil_to(rows[1] - rows[0], ROWS)
+@njit(cache=True, nogil=True, inline="never")
+def _multiply_share(matrix, layer, x, out, tokens, thread, threads):
+    _share_of(matrix, layer, x, out, np.int64(0), tokens, thread, threads)
 
 
-class RowParallelLinear:
-    """Y = sum over ranks of X_r A_r^T, + b: the rank holds columns `cols` of A (out, in). One all-reduce.
+@njit(cache=True, nogil=True, inline="never")
+def multiply(matrix, layer, x, out, tokens, threads):
+    """Multiply the first `tokens` rows of `Activations` x with a layer's matrix.
 
-    The bias, and the residual, are added to the sum on every rank.
+    For a row-parallel matrix, Y = sum over ranks of X_r A_r^T, out gets this rank's term: one all-reduce.
+    out: (>= tokens, >= rows to 16s) float32, contiguous.
     """
-
-    def __init__(
-        self, source: Checkpoint, name: str, shape: tuple[int, int], cols: tuple[int, int], fmt: TileFormat, bias: bool
-    ) -> None:
-        self.matrix = load_matrix(source, f"{name}.weight", shape, (0, shape[0]), cols, fmt)
-        self.bias = load_vector(source, f"{name}.bias", shape[0]) if bias else EMPTY
+    if threads == 1:
+        _multiply_share(matrix, layer, x, out, tokens, np.int64(0), np.int64(1))
+    else:
+        run_parallel(_multiply_share, (matrix, layer, x, out, tokens), threads)

@@ -1,17 +1,13 @@
-"""Rotary position embedding (arXiv:2104.09864) with the scalings that config.json may ask for."""
+"""Rotary position embedding (arXiv:2104.09864) with the scalings that models ask for."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from ..errors import ModelError
-
-KINDS = ("default", "linear", "dynamic", "yarn", "llama3")
+KINDS = ("none", "default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
 @dataclass(frozen=True)
@@ -19,13 +15,17 @@ class RopeConfig:
     """How positions become angles.
 
     Attributes:
-        kind: "default", "linear", "dynamic" (NTK), "yarn" (arXiv:2309.00071) or "llama3".
+        kind: "none" (positions turn nothing), "default", "linear", "dynamic" (NTK), "yarn" (arXiv:2309.00071), "llama3"
+            or "longrope" (arXiv:2402.13753).
+        dim: dimensions of a head that are rotated, its first ones.
         original_positions: the context the model was trained with, before scaling.
-        attention_factor: what cos and sin are multiplied with (yarn).
+        attention_factor: what cos and sin are multiplied with (yarn, longrope).
+        short_factors, long_factors: (dim / 2,), what frequencies are divided by in sequences up to the original
+            context, and beyond (longrope).
     """
 
     kind: str
-    head_dim: int
+    dim: int
     theta: float
     factor: float = 1.0
     original_positions: int = 0
@@ -35,61 +35,8 @@ class RopeConfig:
     truncate: bool = True
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
-
-    @staticmethod
-    def from_hf(config: Mapping[str, Any], where: str, head_dim: int, positions: int) -> RopeConfig:
-        """Read `rope_parameters`, or `rope_theta` and `rope_scaling`, of a parsed config.json.
-
-        Raises:
-            ModelError: an unknown kind of scaling, or one of its parameters missing.
-        """
-        given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        if not isinstance(given, Mapping):
-            raise ModelError(f"{where}: rope scaling {given!r} is not an object; it needs rope_type and its parameters")
-        kind = given.get("rope_type", given.get("type", "default"))
-        theta = given.get("rope_theta", config.get("rope_theta", 10000.0))
-        if kind not in KINDS:
-            raise ModelError(f"{where}: rope type {kind!r} is not supported; supported are {', '.join(KINDS)}")
-        if given.get("partial_rotary_factor", config.get("partial_rotary_factor")) not in (None, 1, 1.0):
-            raise ModelError(f"{where}: partial_rotary_factor is not supported; only whole heads are rotated")
-        if not float(theta) > 0:
-            raise ModelError(f"{where}: rope_theta is {theta}; it must be above 0")
-        original = config.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
-        factor = given.get("factor")
-        if kind == "yarn" and factor is None and original:
-            factor = positions / original
-        needed = {"default": (), "llama3": ("low_freq_factor", "high_freq_factor")}.get(kind, ())
-        missing = [key for key in needed if given.get(key) is None]
-        if kind != "default" and factor is None:
-            missing.insert(0, "factor")
-        if missing:
-            raise ModelError(f"{where}: rope scaling {kind!r} has no {missing[0]}")
-        return RopeConfig(
-            kind=kind,
-            head_dim=head_dim,
-            theta=float(theta),
-            factor=float(factor or 1.0),
-            # Dynamic scaling goes by the model's whole context, the others by the one it was trained with.
-            original_positions=int(positions if kind == "dynamic" else original or positions),
-            attention_factor=_attention_factor(given, float(factor or 1.0)) if kind == "yarn" else 1.0,
-            beta_fast=float(given.get("beta_fast") or 32.0),
-            beta_slow=float(given.get("beta_slow") or 1.0),
-            truncate=bool(given.get("truncate", True)),
-            low_freq_factor=float(given.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(given.get("high_freq_factor", 4.0)),
-        )
-
-
-def _attention_factor(given: Mapping[str, Any], factor: float) -> float:
-    if given.get("attention_factor") is not None:
-        return float(given["attention_factor"])
-
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-    if given.get("mscale") and given.get("mscale_all_dim"):
-        return mscale(float(given["mscale"])) / mscale(float(given["mscale_all_dim"]))
-    return mscale(1.0)
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
 
 class Rope:
@@ -100,16 +47,19 @@ class Rope:
         self._frequencies = _inverse_frequencies(config)
 
     def __call__(self, positions: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (cos, sin), each (tokens, head_dim / 2) float32.
+        """Return (cos, sin), each (tokens, dim / 2) float32.
 
         positions: (tokens,) int32. lengths: (tokens,) int32, for each token the length its sequence had when it was
-        fed: its whole prompt's for a prompt's token, its own position + 1 for a generated one. Only dynamic scaling
-        looks at it, so that the result does not depend on how a prompt is cut into chunks.
+        fed: its whole prompt's for a prompt's token, its own position + 1 for a generated one. Only dynamic and
+        longrope scaling look at it, so that the result does not depend on how a prompt is cut into chunks.
         """
         c = self.config
         frequencies = self._frequencies[None, :]
         if c.kind == "dynamic":
             frequencies = np.stack([_dynamic_frequencies(c, max(int(n), c.original_positions)) for n in lengths])
+        elif c.kind == "longrope":
+            short, long = (self._frequencies / np.array(f, np.float32) for f in (c.short_factors, c.long_factors))
+            frequencies = np.where((lengths > c.original_positions)[:, None], long, short)
         angles = positions.astype(np.float32)[:, None] * frequencies
         scale = np.float32(c.attention_factor)
         return np.cos(angles) * scale, np.sin(angles) * scale
@@ -124,12 +74,14 @@ def _plain_frequencies(theta: float, dim: int) -> np.ndarray:
 def _dynamic_frequencies(c: RopeConfig, length: int) -> np.ndarray:
     """Return the NTK-scaled frequencies for a sequence of `length`, at least the original context."""
     stretch = c.factor * length / c.original_positions - (c.factor - 1)
-    return _plain_frequencies(c.theta * stretch ** (c.head_dim / (c.head_dim - 2)), c.head_dim)
+    return _plain_frequencies(c.theta * stretch ** (c.dim / (c.dim - 2)), c.dim)
 
 
 def _inverse_frequencies(c: RopeConfig) -> np.ndarray:
-    """Return (head_dim / 2,) float32 angles a position, before dynamic scaling."""
-    plain = _plain_frequencies(c.theta, c.head_dim)
+    """Return (dim / 2,) float32 angles a position, before scaling by a sequence's length."""
+    if c.kind == "none":
+        return np.zeros(c.dim // 2, np.float32)
+    plain = _plain_frequencies(c.theta, c.dim)
     if c.kind == "linear":
         return plain / np.float32(c.factor)
     if c.kind == "llama3":
@@ -153,14 +105,14 @@ def _yarn_frequencies(c: RopeConfig, plain: np.ndarray) -> np.ndarray:
     """Interpolate slow dimensions, keep fast ones, with a ramp between those that turn beta_slow..beta_fast times."""
 
     def dimension(rotations: float) -> float:
-        return c.head_dim * math.log(c.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(c.theta))
+        return c.dim * math.log(c.original_positions / (rotations * 2 * math.pi)) / (2 * math.log(c.theta))
 
     low, high = dimension(c.beta_fast), dimension(c.beta_slow)
     if c.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, c.head_dim - 1)
+    low, high = max(low, 0), min(high, c.dim - 1)
     if low == high:
         high += 0.001
-    ramp = np.clip((np.arange(c.head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+    ramp = np.clip((np.arange(c.dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
     frequencies: np.ndarray = plain / c.factor * ramp + plain * (1 - ramp)
     return frequencies.astype(np.float32)

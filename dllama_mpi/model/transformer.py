@@ -1,141 +1,112 @@
-"""The forward pass of one rank's slice of a dense decoder."""
+"""One rank's slice of a model: embedding, segments of layers, the lm_head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..kernels.layout import ROWS, ceil_to
-from ..weights.checkpoint import Checkpoint
-from ..weights.tiles import aligned_empty, check_shape, load_matrix, load_vector
-from .attention import Attention
+from ..kernels.layout import TileFormat
+from ..kernels.matrix import Matrix
+from ..parallel.group import TensorParallelGroup
+from ..parallel.partition import Shard
 from .batch import Batch
+from .buffers import HEAD_ROWS, Buffers, Maker, Sizes
+from .build import RankWeights, build_segment, padded
 from .config import ModelConfig
-from .context import Context
-from .forward import add_and_normalise, decoder_layers
-from .linear import EMPTY, Activations, multiply
-from .mlp import MLP
+from .forward import Residual, Scratch, Segment, Step, Sum, add_and_normalise, decoder_layers
+from .linear import multiply
 from .rope import Rope
 
-HEAD_ROWS = 64  # rows of logits computed at once
-NOTHING_TO_ADD = np.zeros(4, np.int64)
+NOTHING = Sum(np.zeros(4, np.int64), np.zeros(0, np.float32), np.zeros(0, np.float32), 1.0)
 
 
-class Embedding:
-    """Token vectors, looked up in the mapped file: only the pages of rows that are used take memory."""
+@dataclass(frozen=True)
+class Rank:
+    """Where a slice of a model runs: its group, the rank's shard, the formats of its matrices, its threads."""
 
-    def __init__(self, source: Checkpoint, config: ModelConfig) -> None:
-        name = "model.embed_tokens.weight"
-        if config.tie_word_embeddings and name not in source:
-            name = "lm_head.weight"
-        self._table = source[name]
-        check_shape(self._table, (config.vocab_size, config.hidden_size), None)
-
-    def __call__(self, token_ids: np.ndarray, out: np.ndarray) -> None:
-        """Write the vectors of token_ids (tokens,) into out (tokens, >= hidden) float32."""
-        for row, token in zip(out, token_ids, strict=True):
-            row[: self._table.data.shape[1]] = self._table.rows(int(token), int(token) + 1)[0]
-
-
-class ParallelLMHead:
-    """Logits of the rank's part of the vocabulary: rows of the lm_head, or of the embedding if tied."""
-
-    def __init__(self, source: Checkpoint, config: ModelConfig, context: Context) -> None:
-        name = "lm_head.weight"
-        if config.tie_word_embeddings and name not in source:
-            name = "model.embed_tokens.weight"
-        shape, rows = (config.vocab_size, config.hidden_size), context.shard.vocab
-        self.matrix = load_matrix(source, name, shape, rows, (0, shape[1]), context.format)
-
-    def __call__(self, x: Activations, tokens: int, threads: int) -> np.ndarray:
-        """Return logits (tokens, the rank's rows) float32 of normalised x."""
-        out = aligned_empty((tokens, ceil_to(self.matrix.rows, ROWS)), np.float32)
-        multiply(self.matrix, x, out, tokens, threads)
-        return out[:, : self.matrix.rows]
-
-
-class Layer:
-    """The weights of one decoder layer: attention and MLP, each after an RMSNorm, each added to the residual."""
-
-    def __init__(self, source: Checkpoint, index: int, config: ModelConfig, context: Context) -> None:
-        name = f"model.layers.{index}"
-        self.attention_norm = load_vector(source, f"{name}.input_layernorm.weight", config.hidden_size)
-        self.attention = Attention(source, index, config, context)
-        self.mlp_norm = load_vector(source, f"{name}.post_attention_layernorm.weight", config.hidden_size)
-        self.mlp = MLP(source, index, config, context)
+    group: TensorParallelGroup
+    shard: Shard
+    formats: Mapping[str, TileFormat]
+    threads: int
 
 
 class Transformer:
     """One rank's slice of the model: two all-reduces a layer, logits for its part of the vocabulary."""
 
-    def __init__(
-        self,
-        source: Checkpoint,
-        config: ModelConfig,
-        context: Context,
-        progress: Callable[[Iterable[int]], Iterable[int]] = iter,
-    ) -> None:
-        """Load the rank's slice; `progress` wraps the iteration over layers.
+    def __init__(self, weights: RankWeights, config: ModelConfig, rank: Rank) -> None:
+        """Take the weights that `build.load` loaded for this rank's shard."""
+        self.config, self.rank, self._weights = config, rank, weights
+        self._ropes = [Rope(rope) for rope in config.ropes]
+        self._norm = padded(weights.vector("model.norm.weight"))
+        head = weights.matrix("lm_head.weight")
+        self._head = Matrix(head.fields()[None])
+        self._head_rows = head.rows
 
-        Raises:
-            ModelError: a tensor is missing or does not fit the config.
+    def allocate(self, terms: np.ndarray, sizes: Sizes) -> None:
+        """Make buffers, KV caches and states.
+
+        terms: (2, tokens, hidden to 32s) float32, see `TensorParallelGroup.prepare_all_reduce`.
         """
-        self.config, self.context = config, context
-        self.eps = np.float32(config.rms_norm_eps)
-        self.embedding = Embedding(source, config)
-        self.layers = [Layer(source, i, config, context) for i in progress(range(config.num_layers))]
-        self.norm = load_vector(source, "model.norm.weight", config.hidden_size)
-        self.lm_head = ParallelLMHead(source, config, context)
-        self.rope = Rope(config.rope)
-        self.stack()
-
-    def allocate(self, partial: np.ndarray, slots: int, positions: int, kv_type: str) -> None:
-        """Make buffers for steps of as many tokens as `partial` has rows, and a KV cache of `slots` x `positions`.
-
-        partial: see `TensorParallelGroup.prepare_all_reduce`.
-        """
-        attention, mlp, tokens = self.layers[0].attention, self.layers[0].mlp, max(partial.shape[1], HEAD_ROWS)
-        widths = (attention.width, attention.out_cols, mlp.width)
-        self.context.allocate(self.config, tokens, slots, positions, kv_type, *widths, partial)
-        self._residual = np.zeros(partial.shape[1:], np.float32)
-
-    def stack(self) -> None:
-        """Put what the layers have next to each other, as the compiled loop over layers takes it; matrices stay."""
-        attention, mlp = [layer.attention for layer in self.layers], [layer.mlp for layer in self.layers]
-        pairs = zip(attention, mlp, strict=True)
-        self._matrices = np.stack([np.concatenate([a.matrices, m.matrices]) for a, m in pairs])
-        self._norms = np.stack([[layer.attention_norm, layer.mlp_norm] for layer in self.layers])
-        self._qkv_bias = np.stack([a.bias for a in attention])
-        self._q_norms, self._k_norms = np.stack([a.q_norm for a in attention]), np.stack([a.k_norm for a in attention])
-        self._o_bias, self._down_bias = np.stack([a.o.bias for a in attention]), np.stack([m.down.bias for m in mlp])
-        self._gate_up_bias = np.stack([m.biases for m in mlp])
-        self._windows = np.array(self.config.windows[: len(self.layers)], np.int64)
+        buffers, make = Buffers(self.config, self.rank.shard, self.rank.formats, sizes), Maker()
+        self._terms, self._residual, self._hidden = terms, buffers.residual(make), buffers.hidden(make)
+        self._logits = buffers.logits(make)
+        shared = {buffers.kind(run): buffers.scratch(run, self._hidden, make) for run in buffers.distinct()}
+        self._segments: list[tuple[Segment, Scratch]] = []
+        for run in buffers.runs:
+            memory = buffers.memory(run, make)
+            segment = build_segment(self._weights, run, self.config, self.rank.shard, memory)
+            self._segments.append((segment, shared[buffers.kind(run)]))
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Feed a batch; return the final hidden states (logit rows, padded hidden) float32, the same on every rank.
 
-        The KV cache holds the batch's tokens afterwards.
+        KV caches and states hold the batch's tokens afterwards.
         """
-        c, context, first = self.config, self.context, self.layers[0].attention
         residual = self._residual[: batch.tokens]
-        self.embedding(batch.token_ids, residual)
-        cos, sin = self.rope(batch.positions, batch.lengths)
-        parts = context.group.parts(batch.tokens)
-        with context.group.exchanging(parts):
-            decoder_layers(
-                context.format.marker, context.cache.marker, self._matrices, self._norms, self.eps, residual,
-                *context.hidden.arrays(), context.qkv, self._qkv_bias, self._q_norms, self._k_norms, cos, sin,
-                c.head_dim, *first.heads, c.num_heads // c.num_kv_heads, *context.cache.arrays(), batch.slots,
-                batch.positions, self._windows, first.scale, *context.attended.arrays(), first.out_start, self._o_bias,
-                self._gate_up_bias, *context.inner.arrays(), context.up, self._down_bias, context.partial,
-                context.group.link, parts, context.threads,
-            )  # fmt: skip
+        self._embed(batch.token_ids, residual)
+        step, group = self._step(batch), self.rank.group
+        parts, turn = group.parts(batch.tokens), 0
+        with group.exchanging(parts):
+            for segment, scratch in self._segments:
+                turn = decoder_layers(
+                    segment, step, residual, scratch, self._terms, group.link, parts, turn, self.rank.threads
+                )
         rows: np.ndarray = residual[batch.logit_rows]
         return rows
 
+    def _embed(self, token_ids: np.ndarray, out: np.ndarray) -> None:
+        """Write the vectors of tokens, looked up in the mapped file: only pages of rows that are used take memory."""
+        table, hidden = self._weights.table, self.config.hidden_size
+        for row, token in zip(out, token_ids, strict=True):
+            row[:hidden] = table.values(((int(token), int(token) + 1), (0, hidden)))[0]
+        if self.config.embedding_scale != 1:
+            out *= np.float32(self.config.embedding_scale)
+
+    def _step(self, batch: Batch) -> Step:
+        c, turns = self.config, [rope(batch.positions, batch.lengths) for rope in self._ropes]
+        cos, sin = (
+            np.ascontiguousarray(np.stack(each)) if turns else np.zeros((0, batch.tokens, 0), np.float32)
+            for each in (zip(*turns, strict=True) if turns else ((), ()))
+        )
+        scales = np.ones(batch.tokens, np.float32)
+        if c.query_scaling is not None:
+            beta, original = c.query_scaling
+            scales = (1 + beta * np.log1p(batch.positions // original)).astype(np.float32)
+        return Step(batch.slots, batch.positions, scales, cos, sin, 0)
+
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Return the rank's logits (rows, its part of the vocabulary) float32 of up to 64 hidden states."""
-        x, n = self.context.hidden, len(hidden)
-        add_and_normalise(hidden, NOTHING_TO_ADD, EMPTY, self.norm, self.eps, *x.arrays())
-        return self.lm_head(x, n, self.context.threads)
+        c, n, threads = self.config, len(hidden), self.rank.threads
+        rows = Residual(hidden, c.hidden_size, float(c.norm_eps))
+        add_and_normalise(rows, NOTHING, self._norm, self._hidden, 0, threads)
+        out = self._logits[:n] if n <= HEAD_ROWS else np.empty((n, self._logits.shape[1]), np.float32)
+        multiply(self._head, 0, self._hidden, out, n, threads)
+        logits = out[:, : self._head_rows].copy()
+        if c.logit_scale != 1:
+            logits *= np.float32(c.logit_scale)
+        if c.logit_softcap:
+            np.tanh(logits / np.float32(c.logit_softcap), out=logits)
+            logits *= np.float32(c.logit_softcap)
+        return logits

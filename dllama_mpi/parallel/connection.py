@@ -1,4 +1,4 @@
-"""Lines between the root and every other rank that are not MPI's: TCP connections for the watchdog's messages.
+"""TCP connections between the root and every other rank, for the watchdog's messages.
 
 They stand beside MPI because a rank that dies closes its connections at once, whatever its MPI library is doing and
 whichever launcher started it, and because nothing here ever waits for a peer that is gone.
@@ -65,8 +65,8 @@ class Offer:
     key: bytes
 
 
-class Line:
-    """A connection that carries whole messages and never blocks."""
+class TcpConnection:
+    """A TCP connection that carries whole messages and never blocks."""
 
     def __init__(self, connection: socket.socket) -> None:
         connection.setblocking(False)
@@ -130,8 +130,8 @@ def _prefix(mask: str | None, longest: int) -> int:
         return longest
 
 
-def answer(listener: socket.socket, offer: Offer) -> tuple[int, Line] | None:
-    """Take one caller and return its rank and line; None for one that does not know the key."""
+def answer(listener: socket.socket, offer: Offer) -> tuple[int, TcpConnection] | None:
+    """Take one caller and return its rank and connection; None for one that does not know the key."""
     with contextlib.suppress(OSError):
         connection, _ = listener.accept()
         try:
@@ -139,14 +139,14 @@ def answer(listener: socket.socket, offer: Offer) -> tuple[int, Line] | None:
             key, rank = _HELLO.unpack(_exactly(connection, _HELLO.size))
             if hmac.compare_digest(key, offer.key):
                 connection.sendall(offer.key)
-                return rank, Line(connection)
+                return rank, TcpConnection(connection)
         except OSError:
             pass
         connection.close()
     return None
 
 
-def reach(offer: Offer, rank: int, host: str) -> Line | None:
+def reach(offer: Offer, rank: int, host: str) -> TcpConnection | None:
     """Call the root by the likeliest of its addresses that answers as the root; None if none does."""
     deadline = time.monotonic() + _REACH_SECONDS
     for address, _ in sorted(offer.addresses, key=_distance(offer.host == host)):
@@ -157,7 +157,7 @@ def reach(offer: Offer, rank: int, host: str) -> Line | None:
             try:
                 connection.sendall(_HELLO.pack(offer.key, rank))
                 if hmac.compare_digest(_exactly(connection, len(offer.key)), offer.key):
-                    return Line(connection)
+                    return TcpConnection(connection)
             except OSError:
                 pass
             connection.close()

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..errors import ClusterError, DllamaError, UsageError
-from .collective.all_reduce import AllReduce, Choice
-from .collective.link import FIELDS, SIZE
+from .collective.all_reduce import AllReduce
+from .collective.choose import Choice
+from .collective.link import link_of_one_rank
 from .connection import Phase
 from .launch import host_name, watch_exceptions, world
 from .watchdog import watchdog
@@ -56,8 +57,7 @@ class TensorParallelGroup:
         self.local_ranks = [r for r, host in enumerate(self.hosts) if host == self.host]
         self.traffic = Traffic()
         self._reduce: AllReduce | None = None
-        self._link = np.zeros(FIELDS, np.int64)
-        self._link[SIZE] = self.size
+        self._link = link_of_one_rank()
         self._head = np.zeros(_HEAD, np.uint8)
         self.watchdog = watchdog()
         if self.comm is not None:
@@ -164,13 +164,12 @@ class TensorParallelGroup:
         except UsageError as error:  # every rank has it
             self.agree(error)
             raise
-        self._link = self._reduce.link
         return self._reduce.values
 
     @property
-    def link(self) -> np.ndarray:
-        """What compiled layers take for their all-reduces, see `kernels.link`."""
-        return self._link
+    def link(self) -> np.record:
+        """What compiled layers take for their all-reduces, see `collective.link`."""
+        return self._link if self._reduce is None else self._reduce.link
 
     @property
     def choices(self) -> list[Choice]:

@@ -89,7 +89,7 @@ def leave(error: DllamaError) -> int:
     An error that not all ranks know of ends the whole job here.
     """
     comm = _connected()
-    agreed = comm is None or getattr(error, "agreed", False)
+    agreed = comm is None or error.agreed
     if is_root_process() if comm is None else comm.rank == 0 or not agreed:
         print(f"error: {error}", file=sys.stderr)
     sys.stdout.flush()

@@ -16,13 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from .collective.table import DIRECT, SCATTER
+from .tags import Tag
+
 _SIZES = (64, 2048, 8192, 32768, 1 << 18)  # bytes of the messages that are timed
 _SECONDS, _LEAST_TIMES = 0.03, 5  # how long each size is repeated, and how often at least
-_TAG = 77
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkCurve:
     """Seconds that a message takes from one rank to another.
 
     Attributes:
@@ -32,9 +34,9 @@ class Link:
     points: tuple[tuple[float, float], ...]
 
     @staticmethod
-    def of(latency: float, bytes_per_second: float) -> Link:
+    def of(latency: float, bytes_per_second: float) -> LinkCurve:
         """Return a straight link of so many seconds of latency."""
-        return Link(((0.0, latency), (1e6, latency + 1e6 / bytes_per_second)))
+        return LinkCurve(((0.0, latency), (1e6, latency + 1e6 / bytes_per_second)))
 
     @property
     def latency(self) -> float:
@@ -73,19 +75,21 @@ class Network:
     """
 
     hosts: tuple[str, ...]
-    links: Mapping[tuple[str, str], Link]
+    links: Mapping[tuple[str, str], LinkCurve]
 
     def all_reduce_seconds(self, ranks: int, size: int) -> float:
         """Return the least time in which the first `ranks` ranks can sum payloads of `size` bytes.
 
-        Direct exchange: one hop, every rank sends its payload to every other. Reduce-scatter + all-gather: two hops,
-        in each of which a rank sends every other a part of 1 / ranks. What ranks of one host send to other hosts shares
-        that host's link. The summing itself is not counted.
+        The costs are those of direct and scatter in `collective.table`, in whose hops every rank sends to every other.
+        What ranks of one host send to other hosts shares that host's link. The summing itself is not counted.
         """
         if ranks < 2:
             return 0.0
-        direct = self._hop_seconds(ranks, size)
-        return direct if ranks == 2 else min(direct, 2 * self._hop_seconds(ranks, size / ranks))
+        return min(
+            algorithm.hops.of(ranks) * self._hop_seconds(ranks, size * algorithm.message(ranks))
+            for algorithm in (DIRECT, SCATTER)
+            if ranks >= algorithm.least_ranks
+        )
 
     def _hop_seconds(self, ranks: int, size: float) -> float:
         """Return the time in which each rank sends every other a message of `size` bytes."""
@@ -114,19 +118,19 @@ def host_pairs(hosts: Iterable[str]) -> list[tuple[str, str]]:
 
 def measure_links(
     comm: Any | None, hosts: list[str], progress: Callable[[Iterable[Any]], Iterable[Any]] = iter
-) -> dict[tuple[str, str], Link]:
+) -> dict[tuple[str, str], LinkCurve]:
     """Return the links between hosts, each measured between one rank of either, one after the other. Collective.
 
     comm: None for one process. hosts: of each rank, the same list everywhere.
     """
-    links: dict[tuple[str, str], Link] = {}
+    links: dict[tuple[str, str], LinkCurve] = {}
     if comm is None:
         return links
     for pair in progress(host_pairs(hosts)):
         first = hosts.index(pair[0])
         second = next(r for r, host in enumerate(hosts) if host == pair[1] and r != first)
         points = _points(comm, first, second) if comm.rank in (first, second) else None
-        links[pair] = Link(comm.bcast(points, first))
+        links[pair] = LinkCurve(comm.bcast(points, first))
     return links
 
 
@@ -141,9 +145,9 @@ def _points(comm: Any, first: int, second: int) -> tuple[tuple[float, float], ..
         once = next(trips)
         times = int(np.clip(_SECONDS / max(once, 1e-6), _LEAST_TIMES, 1000))
         if leads:
-            comm.send(times, other, _TAG)
+            comm.send(times, other, Tag.LINK)
         else:
-            times = comm.recv(source=other, tag=_TAG)
+            times = comm.recv(source=other, tag=Tag.LINK)
         seconds = statistics.median(next(trips) for _ in range(times)) / 2
         points.append((float(size), max(seconds, points[-1][1] if points else 0.0)))  # noise has no say in the order
     return tuple(points)
@@ -154,11 +158,11 @@ def _trips(comm: Any, buffer: np.ndarray, leads: bool, other: int) -> Iterator[f
     while True:
         started = time.perf_counter()
         if leads:
-            comm.Send(buffer, other, _TAG)
-            comm.Recv(buffer, other, _TAG)
+            comm.Send(buffer, other, Tag.LINK)
+            comm.Recv(buffer, other, Tag.LINK)
         else:
-            comm.Recv(buffer, other, _TAG)
-            comm.Send(buffer, other, _TAG)
+            comm.Recv(buffer, other, Tag.LINK)
+            comm.Send(buffer, other, Tag.LINK)
         yield time.perf_counter() - started
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import UsageError
@@ -37,48 +37,72 @@ def cut(units: int, shares: Sequence[float], least: int = 0) -> list[Range]:
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One rank's part of every layer, as ranges of the whole model.
+class Axis:
+    """Something of which a layer has many, and which is shared out among the ranks.
 
     Attributes:
-        heads: query heads.
-        kv_heads: the KV heads those query heads read; a KV head cut between two ranks lives on both.
-        intermediate: MLP columns, from a multiple of 32; the last rank's may end short of one.
-        vocab: rows of the lm_head, from a multiple of 16.
+        name: "heads", "inner", ... units: how many there are. size: elements of a unit in a tensor. total: elements in
+            all; the last unit may be short. least: units that each rank must have. group: 0, or this axis follows
+            another one, of which each unit belongs to `group` of the other's; a unit that is cut lives on both ranks.
+        limit: what the number of units is called in a config, for people.
     """
 
-    heads: Range
-    kv_heads: Range
-    intermediate: Range
-    vocab: Range
+    name: str
+    units: int
+    size: int
+    total: int
+    least: int = 0
+    group: int = 0
+    limit: str = ""
+
+    @classmethod
+    def of(cls, name: str, total: int, size: int) -> Axis:
+        """Return an axis of `total` elements in units of `size`."""
+        return cls(name, -(-total // size), size, total)
 
 
-def shards(
-    num_heads: int, num_kv_heads: int, intermediate_size: int, vocab_size: int, shares: Sequence[float]
-) -> list[Shard]:
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of every axis, in units.
+
+    Attributes:
+        rank: whose it is. ranges: of each axis.
+    """
+
+    rank: int
+    ranges: Mapping[Axis, Range]
+
+    def units(self, axis: Axis) -> Range:
+        """Return the rank's units of an axis."""
+        return self.ranges[axis]
+
+    def elements(self, axis: Axis) -> Range:
+        """Return the rank's elements along an axis."""
+        first, last = self.ranges[axis]
+        return min(first * axis.size, axis.total), min(last * axis.size, axis.total)
+
+
+def shards(axes: Sequence[tuple[Axis, Axis | None]], shares: Sequence[float]) -> list[Shard]:
     """Return every rank's shard.
 
-    Heads are cut in units of one, so that every rank has one; MLP columns in units of 32 (a quantised block);
-    the vocabulary in units of 16 rows (a tile). A rank may hold no MLP column or no vocabulary row at all.
+    axes: each with the axis that it follows, or None; the latter must stand before it. A rank may hold no unit at all
+    of an axis whose `least` is 0.
 
     Raises:
-        UsageError: more ranks than query heads.
+        UsageError: more ranks than units of an axis of which each rank must have some.
     """
-    if len(shares) > num_heads:
-        raise UsageError(f"num_attention_heads is {num_heads}; {len(shares)} ranks asked for; use at most {num_heads}")
-    group = num_heads // num_kv_heads
-    heads = cut(num_heads, shares, least=1)
-    columns = cut(-(-intermediate_size // 32), shares)
-    rows = cut(-(-vocab_size // 16), shares)
-    return [
-        Shard(
-            heads=h,
-            kv_heads=(h[0] // group, -(-h[1] // group)),
-            intermediate=(min(c[0] * 32, intermediate_size), min(c[1] * 32, intermediate_size)),
-            vocab=(min(v[0] * 16, vocab_size), min(v[1] * 16, vocab_size)),
-        )
-        for h, c, v in zip(heads, columns, rows, strict=True)
-    ]
+    found: list[dict[Axis, Range]] = [{} for _ in shares]
+    for axis, leader in axes:
+        if axis.least * len(shares) > axis.units:
+            raise UsageError(f"{axis.limit} is {axis.units}; {len(shares)} ranks asked for; use at most {axis.units}")
+        ranges = cut(axis.units, shares, axis.least) if leader is None else None
+        for rank, own in enumerate(found):
+            if ranges is not None:
+                own[axis] = ranges[rank]
+            elif leader is not None:
+                first, last = own[leader]
+                own[axis] = first // axis.group, -(-last // axis.group)
+    return [Shard(rank, own) for rank, own in enumerate(found)]
 
 
 AUTO = "auto"  # as --split: shares by measured speed

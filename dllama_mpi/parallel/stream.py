@@ -17,9 +17,8 @@ import numpy as np
 
 from ..errors import DllamaError
 from .group import TensorParallelGroup
+from .tags import Tag
 
-_TAG = 77  # of pieces, to workers
-_STOP_TAG = 78  # of a worker's wish to get no more
 _SPIN_SECONDS = 2e-4
 _LONGEST_SLEEP = 2e-4  # while bytes flow
 _IDLE_SLEEP = 5e-3  # for ranks that wait for the others to have done
@@ -66,14 +65,14 @@ class Outbox:
         assert self._group.comm is not None
         while len(self._leaving) >= self._ahead:
             wait(self._leaving.popleft()[0])
-        self._leaving.append((self._group.comm.Isend(piece, rank, _TAG), piece))
+        self._leaving.append((self._group.comm.Isend(piece, rank, Tag.PIECE), piece))
 
     def stopped(self) -> int | None:
         """Return a rank that has asked for no more, if there is one."""
         assert self._group.comm is not None
         for rank in self._ranks:
-            if self._group.comm.Iprobe(rank, _STOP_TAG):
-                self._group.comm.Recv(np.empty(0, np.uint8), rank, _STOP_TAG)
+            if self._group.comm.Iprobe(rank, Tag.STOP):
+                self._group.comm.Recv(np.empty(0, np.uint8), rank, Tag.STOP)
                 return rank
         return None
 
@@ -83,7 +82,7 @@ class Outbox:
         if failed:
             for rank in self._ranks:
                 end = np.empty(0, np.uint8)
-                self._leaving.append((self._group.comm.Isend(end, rank, _TAG), end))
+                self._leaving.append((self._group.comm.Isend(end, rank, Tag.PIECE), end))
         for request, _ in self._leaving:
             wait(request)
         self._leaving.clear()
@@ -109,7 +108,7 @@ class Inbox:
 
         def post(i: int) -> Any:
             assert self._group.comm is not None
-            return self._group.comm.Irecv(buffers[i % 2][: todo[i]], 0, _TAG) if i < len(todo) else None
+            return self._group.comm.Irecv(buffers[i % 2][: todo[i]], 0, Tag.PIECE) if i < len(todo) else None
 
         request, status = post(0), MPI.Status()
         for i, size in enumerate(todo):
@@ -122,4 +121,4 @@ class Inbox:
     def stop(self) -> None:
         """Tell the root that this rank can take no more; what is on its way is still to be taken."""
         assert self._group.comm is not None
-        self._stopping = self._group.comm.Isend(np.empty(0, np.uint8), 0, _STOP_TAG)
+        self._stopping = self._group.comm.Isend(np.empty(0, np.uint8), 0, Tag.STOP)

@@ -1,6 +1,6 @@
 """The watchdog: a rank that dies, stops or is cut off ends the job instead of leaving the others to wait for ever.
 
-A thread on every rank exchanges heartbeats with the root over TCP (see `line`): a star, the root in its middle. A
+A thread on every rank exchanges heartbeats with the root over TCP (see `connection`): a star, the root in its middle. A
 connection that closes without a goodbye is a dead rank, and noticed at once; one that is silent for `timeout` seconds
 is a stopped rank or a broken link. Each side judges the other by its own monotonic clock, so that every rank of a job
 that was cut in two ends itself. The thread needs nothing of the main one, which may compute or wait as long as it
@@ -25,10 +25,10 @@ from typing import Any
 from ..log import warn
 from .connection import (
     Kind,
-    Line,
     Message,
     Offer,
     Phase,
+    TcpConnection,
     answer,
     listen,
     reach,
@@ -46,12 +46,12 @@ _NOTHING_YET = Message(Kind.BEAT, Phase.LOADING, 0, 0, 0.0)
 
 @dataclass
 class Peer:
-    """Another rank as this one knows it: its line once it has called, when it was last heard, what it said last."""
+    """Another rank as this one knows it: its connection once it has called, when it was heard, what it said last."""
 
     rank: int
     host: str
     heard: float
-    line: Line | None = None
+    connection: TcpConnection | None = None
     last: Message = _NOTHING_YET
 
 
@@ -62,7 +62,7 @@ def watchdog() -> Watchdog:
 
 
 class Watchdog:
-    """Watches the ranks that this one has a line to: all of them on the root, the root elsewhere.
+    """Watches the ranks that this one has a connection to: all of them on the root, the root elsewhere.
 
     Attributes:
         timeout: seconds of silence that end the job; 0: only a closed connection does.
@@ -101,9 +101,9 @@ class Watchdog:
             self._thread.start()  # callers wait for an answer
         offer = comm.bcast(offer)
         if comm.rank > 0:
-            line = reach(offer, comm.rank, hosts[comm.rank]) if offer is not None else None
-            if line is not None:
-                self._connect(Peer(0, hosts[0], time.monotonic()), line)
+            connection = reach(offer, comm.rank, hosts[comm.rank]) if offer is not None else None
+            if connection is not None:
+                self._connect(Peer(0, hosts[0], time.monotonic()), connection)
             self._thread.start()
         missing = [rank for rank, found in enumerate(comm.allgather(bool(self._peers))) if not found]
         for rank in missing if comm.rank == 0 else []:
@@ -180,31 +180,33 @@ class Watchdog:
 
     def _send(self, message: Message, but: Peer | None = None) -> None:
         for peer in list(self._peers.values()):
-            if peer.line is not None and peer is not but:
-                peer.line.send(message)
+            if peer.connection is not None and peer is not but:
+                peer.connection.send(message)
 
     def _welcome(self, listener: socket.socket, offer: Offer) -> None:
         caller = answer(listener, offer)
         if caller is not None and caller[0] in self._peers:
             self._connect(self._peers[caller[0]], caller[1])
-        if all(peer.line is not None for peer in list(self._peers.values())):
+        if all(peer.connection is not None for peer in list(self._peers.values())):
             self._selector.unregister(listener)
             listener.close()
 
-    def _connect(self, peer: Peer, line: Line) -> None:
-        peer.line, peer.heard = line, time.monotonic()
+    def _connect(self, peer: Peer, connection: TcpConnection) -> None:
+        peer.connection, peer.heard = connection, time.monotonic()
         self._peers[peer.rank] = peer
-        self._selector.register(line.socket, selectors.EVENT_READ, functools.partial(self._hear, peer, line))
+        self._selector.register(
+            connection.socket, selectors.EVENT_READ, functools.partial(self._hear, peer, connection)
+        )
 
-    def _hear(self, peer: Peer, line: Line) -> None:
-        messages, is_open = line.receive()
+    def _hear(self, peer: Peer, connection: TcpConnection) -> None:
+        messages, is_open = connection.receive()
         for message in messages:
             peer.heard, peer.last = time.monotonic(), message
             if message.kind is Kind.FAILED:
                 self._follow(peer, message.status)
         if not is_open:
-            self._selector.unregister(line.socket)
-            line.socket.close()
+            self._selector.unregister(connection.socket)
+            connection.socket.close()
             del self._peers[peer.rank]
             if peer.last.kind is not Kind.GOODBYE:
                 self._end(f"{self._name(peer)} has died ({self._last_known(peer)})")

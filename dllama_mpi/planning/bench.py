@@ -18,9 +18,10 @@ from ..errors import UsageError
 from ..kernels import runtime
 from ..kernels.probe import ReadProbe
 from ..model.config import ModelConfig
-from ..model.size import cache_bytes, weight_bytes
+from ..model.recipe import bits_per_weight, parameters, weight_bytes
 from ..parallel.group import TensorParallelGroup
 from ..startup.memory import available_bytes
+from .costs import work_of
 
 _READ_BYTES = 1 << 30  # that a host's ranks read together at a time: more than any processor's caches
 _READINGS = 4  # of the memory's rate before each repetition, and after the last
@@ -79,8 +80,9 @@ class Result:
     """A test's repetitions.
 
     Attributes:
-        started: when, in UTC. weight_bytes: read in a step by all ranks together.
-        kv_bytes: read by all ranks and steps of one repetition.
+        started: when, in UTC. weight_bytes: read in a decode step by all ranks together; of a batch's experts as many
+            as are expected, see `costs.expected_experts`.
+        kv_bytes: of KV caches and states, read by all ranks and steps of one repetition.
         readings: bytes a second that memory gave before, between and after the repetitions; none if a prompt is fed.
     """
 
@@ -233,8 +235,9 @@ class Bench:
     def __init__(self, llm: LLM, seed: int = 0) -> None:
         """Collect what all ranks hold. seed: of the token ids."""
         self.llm, self.seed = llm, seed
-        self.weight_bytes = sum(weight_bytes(llm.config, part, llm.format) for part in llm.shards)
-        self.position_bytes = sum(cache_bytes(llm.config, part, llm.kv_type) for part in llm.shards)
+        c, formats = llm.config, llm.formats
+        self.weight_bytes = sum(weight_bytes(c, part, formats) for part in llm.shards)
+        self._works = [work_of(c, part, formats, llm.kv_type) for part in llm.shards]
         self._memory: MemoryProbe | None = None
         self._runs = 0
 
@@ -248,24 +251,40 @@ class Bench:
     ) -> Result | None:
         """Measure one test, after one warm-up run unless told otherwise; the result is the root's. Collective.
 
-        The KV cache is filled to the depth first, by a prompt of random tokens that is not measured.
+        The KV cache is filled to the depth first, by a prompt of random tokens that is not measured; states, which
+        cannot go back, before each repetition.
         readings: of the memory's rate, before each repetition of decode steps alone and after the last.
         """
         readings = 0 if test.prompt else readings  # they would take a short prompt's weights out of the caches
-        if test.depth:
-            self._lead(lambda: self._feed(test, 0, 1))
+        if self.llm.engine.scheduler.rewinds:
+            self._fill(test)
         started = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         if warm_up:
             short = Test(test.prompt, min(test.generated, _WARM_UP_TOKENS), test.depth, test.batch)
-            self._lead(lambda: self._sample(short))
+            self._measured(short)
         rates = self._read(readings)
         samples = []
         for _ in progress(range(repetitions)):
-            samples += self._lead(lambda: self._sample(test))
+            samples += self._measured(test)
             rates += self._read(readings)
         if not self.llm.is_root:
             return None
-        return Result(test, samples, started, self.weight_bytes, self._kv_bytes(test), rates)
+        return Result(test, samples, started, self.step_bytes(test.batch), self._kv_bytes(test), rates)
+
+    def step_bytes(self, sequences: int) -> int:
+        """Return the bytes of weights that all ranks read in a decode step of so many sequences."""
+        return round(sum(work.read(sequences) + work.head_size for work in self._works))
+
+    def _fill(self, test: Test) -> None:
+        """Fill the cache to a test's depth, if it has one. Collective."""
+        if test.depth:
+            self._lead(lambda: self._feed(test, 0, 1))
+
+    def _measured(self, test: Test) -> list[Sample]:
+        """Return the repetition of a test whose cache is filled, on the root. Collective."""
+        if not self.llm.engine.scheduler.rewinds:
+            self._fill(test)
+        return self._lead(lambda: self._sample(test))
 
     def _lead(self, call: Callable[[], Sample]) -> list[Sample]:
         """Make a call on the root while the other ranks serve it; return its result, or nothing on those."""
@@ -307,11 +326,9 @@ class Bench:
 
     def _kv_bytes(self, test: Test) -> int:
         """Return the bytes of keys and values that the decode steps of one repetition read."""
-        layer = self.position_bytes / self.llm.config.num_layers
-        first = test.depth + test.prompt + 1
-        lengths = np.arange(first, first + test.generated)
-        seen = sum(int(np.minimum(lengths, w).sum()) if w else int(lengths.sum()) for w in self.llm.config.windows)
-        return round(layer * seen * test.batch)
+        first = test.depth + test.prompt
+        each = sum(work.cache_read(first, max(1, test.generated)) + work.state_size for work in self._works)
+        return round(each * test.generated * test.batch)
 
     def about(self) -> dict[str, Any]:
         """Return what holds for all tests, JSON-ready, under llama-bench's keys where it has them."""
@@ -320,13 +337,15 @@ class Bench:
             "model_filename": options.model,
             "model_type": describe(llm.config),
             "model_size": self.weight_bytes,
-            "model_n_params": llm.config.parameters,
+            "model_n_params": parameters(llm.config),
             "n_layers": llm.config.num_layers,
             "n_ranks": llm.group.size,
             "n_threads": llm.threads,
             "hosts": sorted(set(llm.group.hosts)),
             "instruction_set": runtime.ISA,
-            "weights": llm.format.name,
+            "weights": llm.weights,
+            "bits_per_weight": bits_per_weight(llm.config, llm.formats),
+            "bytes_per_token": self.step_bytes(1),
             "type_k": llm.kv_type,
             "type_v": llm.kv_type,
             "buffer_float_type": llm.group.payload,
@@ -343,4 +362,4 @@ class Bench:
 
 def describe(config: ModelConfig) -> str:
     """Return an architecture and its size, such as "llama 1.24 B"."""
-    return f"{config.model_type} {config.parameters / 1e9:.2f} B"
+    return f"{config.model_type} {parameters(config) / 1e9:.2f} B"

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..parallel.network import Link, Network
+from ..parallel.network import LinkCurve, Network
 from .costs import AllReduces, Cluster, Host, Speeds
 
 if sys.version_info >= (3, 11):
@@ -122,7 +122,7 @@ def _joined(hosts: list[Host], speeds: list[Speeds], wires: list[tuple[float, fl
     links = {}
     for a, b in combinations(range(len(hosts)), 2):
         first, second = sorted((hosts[a].name, hosts[b].name))
-        links[first, second] = Link.of(max(wires[a][0], wires[b][0]), min(wires[a][1], wires[b][1]))
+        links[first, second] = LinkCurve.of(max(wires[a][0], wires[b][0]), min(wires[a][1], wires[b][1]))
     network = Network(tuple(host.name for host in hosts), links)
     counts = tuple(tuple(speeds[:count]) for count in range(1, len(hosts) + 1))
     return Cluster(tuple(hosts), tuple(host.cores for host in hosts), network, counts, AllReduces(network))

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import ClusterError
-from ..kernels.layout import FORMATS, TileFormat
+from ..kernels.layout import FORMATS
 from ..model.config import ModelConfig
-from ..model.size import buffer_bytes, cache_bytes, weight_bytes
-from ..parallel.collective.all_reduce import PAYLOADS
+from ..model.recipe import WeightRecipe, bits_per_weight
+from ..parallel.collective.table import PAYLOADS
 from ..parallel.partition import AUTO, Shard, parse_split
 from ..startup.memory import fitting_positions
-from ..startup.shares import MemoryPlan, shards_of
+from ..startup.options import Kept
+from ..startup.shares import MemoryPlan, most_ranks, shards_of
 from .costs import (
     Cluster,
     Cost,
@@ -38,9 +39,7 @@ class Question:
     """
 
     config: ModelConfig
-    format: TileFormat
-    kv_type: str
-    payload: str
+    kept: Kept
     chunk: int = 256
     max_seq_len: int | None = None
     split: str | None = None
@@ -52,7 +51,7 @@ class Question:
     @property
     def memory(self) -> MemoryPlan:
         """What decides about memory."""
-        return MemoryPlan(self.config, self.format, self.kv_type, self.chunk + 1, 1, self.max_seq_len)
+        return MemoryPlan(self.config, self.kept, self.chunk + 1, 1, self.max_seq_len)
 
 
 def plan(question: Question, cluster: Cluster) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def plan(question: Question, cluster: Cluster) -> dict[str, Any]:
     Raises:
         UsageError: the split does not fit the number of ranks.
     """
-    most = min(len(cluster.network.hosts), question.config.num_heads)
+    most = min(len(cluster.network.hosts), most_ranks(question.config))
     counts = [_at(question, cluster, count) for count in range(1, most + 1)]
     fitting = [c for c in counts if c["problem"] is None]
 
@@ -148,30 +147,24 @@ def _positions(question: Question, cluster: Cluster, parts: list[Shard]) -> tupl
 
 def _memory(question: Question, cluster: Cluster, parts: list[Shard], positions: int) -> list[dict[str, Any]]:
     """Return what each rank needs."""
-    c, told = question.config, []
-    for rank, (part, (host, free)) in enumerate(zip(parts, _free(cluster), strict=False)):
-        weights = weight_bytes(c, part, question.format)
-        cache = positions * cache_bytes(c, part, question.kv_type)
-        buffers = buffer_bytes(c, part, question.chunk + 1, len(parts))
-        told.append(
-            {
-                "rank": rank,
-                "host": host,
-                "weights_bytes": weights,
-                "kv_cache_bytes": cache,
-                "buffers_bytes": buffers,
-                "total_bytes": weights + cache + buffers,
-                "free_bytes": free,
-            }
-        )
-    return told
+    hosts = _free(cluster)[: len(parts)]
+    names = [host for host, _ in hosts]
+    return [
+        {"rank": rank, "host": host, **memory_told(question.memory.parts(part, names, positions)), "free_bytes": free}
+        for rank, (part, (host, free)) in enumerate(zip(parts, hosts, strict=True))
+    ]
+
+
+def memory_told(held: dict[str, int]) -> dict[str, int]:
+    """Return what `MemoryPlan.parts` says as JSON-ready values, with their sum."""
+    return {f"{name}_bytes": size for name, size in held.items()} | {"total_bytes": sum(held.values())}
 
 
 def _costs(question: Question, cluster: Cluster, parts: list[Shard]) -> tuple[Cost, Cost | None]:
     """Return what a generated token and the whole prompt should take."""
     q, count, reduces = question, len(parts), cluster.all_reduces
-    works = [work_of(q.config, part, q.format, q.kv_type) for part in parts]
-    speeds, width = cluster.speeds[count - 1], PAYLOADS[q.payload]
+    works = [work_of(q.config, part, q.kept.formats, q.kept.kv_type) for part in parts]
+    speeds, width = cluster.speeds[count - 1], PAYLOADS[q.kept.payload]
 
     def all_reduce(tokens: int) -> float:
         return reduces.seconds(count, payload_bytes(q.config, tokens, width))
@@ -211,12 +204,15 @@ def _advice(question: Question, cluster: Cluster, counts: Sequence[dict[str, Any
 
 def _fitting(question: Question, cluster: Cluster, count: int) -> Iterator[str]:
     """Yield the changes of options that make a model fit, each by itself."""
-    smaller = [replace(question, format=f) for f in FORMATS.values() if f.tile_bytes < question.format.tile_bytes]
-    changes = [(f"--weights {q.format.name}", q) for q in reversed(smaller)]
-    if question.kv_type != "q80":
-        changes.append(("--kv-type q80", replace(question, kv_type="q80")))
+    kept, changes, bits = question.kept, [], bits_per_weight(question.config, question.kept.formats)
+    for name in {fmt.tile_bytes: fmt.name for fmt in reversed(FORMATS.values())}.values():
+        formats = WeightRecipe.parse(name).formats(question.config)
+        if bits_per_weight(question.config, formats) < bits:
+            changes.append((f"--weights {name}", replace(kept, formats=formats)))
+    if kept.kv_type != "q80":
+        changes.append(("--kv-type q80", replace(kept, kv_type="q80")))
     for option, changed in changes:
-        if _at(changed, cluster, count)["problem"] is None:
+        if _at(replace(question, kept=changed), cluster, count)["problem"] is None:
             yield f"{_ranks(count)}: {option} fits"
 
 

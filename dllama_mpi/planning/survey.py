@@ -9,7 +9,8 @@ from typing import Any
 
 from ..kernels import runtime
 from ..kernels.probe import ReadProbe
-from ..parallel.collective.all_reduce import PAYLOADS
+from ..model.tensors import axes
+from ..parallel.collective.table import PAYLOADS
 from ..parallel.group import TensorParallelGroup
 from ..parallel.network import Network, measure_links, wait_asleep
 from ..parallel.partition import Shard
@@ -26,8 +27,6 @@ from .costs import (
 )
 from .sample import DEPTH, Job, Sample, Timing
 
-_THIN = Shard(heads=(0, 1), kv_heads=(0, 1), intermediate=(0, 32), vocab=(0, 16))  # the least that a rank can hold
-_PROMPT_LAYERS = 2  # that a prompt is timed in
 _LEAST_PART = 0.05  # of a step that its weights take, where a tiny model's noise would say less
 _READ_BYTES, _READINGS = 1 << 29, 5
 
@@ -47,15 +46,14 @@ def survey(group: TensorParallelGroup, job: Job, progress: Progress = iter) -> C
         lambda: _fewer(group, job),
     ]
     hosts, network, thin, (sample, decode, prefill, attention), fewer = [stage() for stage in progress(stages)]
-    c, layers = job.config, min(_PROMPT_LAYERS, job.config.num_layers)
-    width = PAYLOADS[job.payload]
+    c, width = job.config, PAYLOADS[job.kept.payload]
     points = (
-        (float(payload_bytes(c, 1, width)), _each(decode.waiting - thin.root_step, c.num_layers)),
-        (float(payload_bytes(c, job.chunk, width)), _each(prefill.waiting - thin.root_chunk, layers)),
+        (float(payload_bytes(c, 1, width)), _each(decode.waiting - thin.root_step, sample.work)),
+        (float(payload_bytes(c, job.chunk, width)), _each(prefill.waiting - thin.root_chunk, sample.prompt_work)),
     )
     measured = AllReduces(network, group.size, points) if group.size > 1 else AllReduces(network)
-    own = thin.speeds(sample.work, decode.compute[group.rank], prefill.compute[group.rank], attention, layers)
-    alone = {count: thin.speeds(sample.work, *seconds, attention, layers) for count, seconds in fewer.items()}
+    own = thin.speeds(sample, decode.compute[group.rank], prefill.compute[group.rank], attention)
+    alone = {count: thin.speeds(sample, *seconds, attention) for count, seconds in fewer.items()}
     everybody = group.allgather((own, alone))
     speeds = []
     for count in range(1, group.size + 1):
@@ -64,9 +62,9 @@ def survey(group: TensorParallelGroup, job: Job, progress: Progress = iter) -> C
     return Cluster(hosts, tuple(group.allgather(job.threads)), network, tuple(speeds), measured)
 
 
-def _each(seconds: float, layers: int) -> float:
-    """Return the part of one of the two all-reduces a layer."""
-    return max(0.0, seconds) / (2 * layers)
+def _each(seconds: float, work: Work) -> float:
+    """Return the part of one all-reduce."""
+    return max(0.0, seconds) / work.all_reduces
 
 
 def _hosts(group: TensorParallelGroup, threads: int) -> tuple[Host, ...]:
@@ -87,73 +85,76 @@ def _hosts(group: TensorParallelGroup, threads: int) -> tuple[Host, ...]:
 
 @dataclass(frozen=True)
 class _Thin:
-    """What steps cost where hardly any weights are to be read, on this rank and, besides computing, on the root."""
+    """What steps cost where hardly any weights are to be read, on this rank and, besides computing, on the root.
 
-    layers: int
+    Attributes:
+        work, prompt_work: of all layers, and of those that a prompt is timed in. decode, prefill_few, prefill_all:
+            seconds of a token, and of a chunk through those layers and through all.
+    """
+
     chunk: int
     work: Work
+    prompt_work: Work
     decode: float
     prefill_few: float
     prefill_all: float
     root_step: float
     root_chunk: float
 
-    def speeds(self, work: Work, decode: float, prefill: float, attention: float, layers: int) -> Speeds:
+    def speeds(self, sample: Sample, decode: float, prefill: float, attention: float) -> Speeds:
         """Return the speeds that explain what a sample's steps took.
 
-        work: the sample's. decode: seconds of a token through all layers. prefill: of a chunk through `layers` layers.
-        attention: by how much that chunk took longer at DEPTH.
+        decode: seconds of a token through all layers. prefill: of a chunk through a few. attention: by how much that
+        chunk took longer at DEPTH.
         """
-        read = work.weight_bytes + work.head_bytes - self.work.weight_bytes - self.work.head_bytes
+        work, few, tokens = sample.work, sample.prompt_work, self.chunk
+        read = work.read() + work.head_size - self.work.read() - self.work.head_size
         rate = read / max(decode - self.decode, _LEAST_PART * decode)
-        part, tokens = layers / self.layers, self.chunk
-        attention_macs = part * tokens * work.attention_macs
-        attention_rate = attention_macs * DEPTH / attention if attention > 0 else None
-        seen = attention_macs * (tokens + 1) / 2 / attention_rate if attention_rate else 0.0
-        head = (work.head_bytes - self.work.head_bytes) / rate
-        macs = part * tokens * (work.macs - self.work.macs)
+        near, deep = few.attention_macs(0, tokens), few.attention_macs(DEPTH, tokens)
+        attention_rate = (deep - near) / attention if attention > 0 and deep > near else None
+        seen = near / attention_rate if attention_rate else 0.0
+        head = (work.head_size - self.work.head_size) / rate
+        macs = tokens * (few.token_macs - self.prompt_work.token_macs)
         matrix_rate = macs / max(prefill - self.prefill_few - seen - head, _LEAST_PART * prefill)
-        matrices = tokens * self.work.macs / matrix_rate  # that the thin slice itself holds
-        if self.layers > layers:
-            all_layers = (self.prefill_all - self.prefill_few) * self.layers / (self.layers - layers)
+        matrices = tokens * self.work.token_macs / matrix_rate  # that the thin slice itself holds
+        layers = self.work.layers
+        if layers > few.layers:
+            all_layers = (self.prefill_all - self.prefill_few) * layers / (layers - few.layers)
         else:
             all_layers = self.prefill_all
         return Speeds(
             decode=rate,
             prefill=matrix_rate,
             attention=attention_rate,
-            layer_seconds=self.decode / self.layers,
+            layer_seconds=self.decode / layers,
             step_seconds=self.root_step,
-            token_layer_seconds=max(0.0, all_layers - matrices) / self.layers / tokens,
+            token_layer_seconds=max(0.0, all_layers - matrices) / layers / tokens,
             token_seconds=(max(0.0, self.prefill_all - all_layers) + self.root_chunk) / tokens,
         )
 
 
 def _thin(group: TensorParallelGroup, job: Job) -> _Thin:
-    """Measure steps of the thinnest slice, on every rank by itself but at the same time."""
-    alone = TensorParallelGroup(None)
-    sample = Sample(job, _THIN, 0, alone)
+    """Measure steps of the least that a rank can hold, on every rank by itself but at the same time."""
+    alone, least = TensorParallelGroup(None), Shard(0, {axis: (0, 1) for axis, _ in axes(job.config)})
+    sample = Sample(job, least, 0, alone)
     group.allgather(None)
-    few = min(_PROMPT_LAYERS, job.config.num_layers)
-    decode, short, long = sample.decode(), sample.prefill(few), sample.prefill(job.config.num_layers)
+    decode, short, long = sample.decode(), sample.prefill(), sample.whole_prefill()
     root_step, root_chunk = group.broadcast((decode.waiting, short.waiting))
     return _Thin(
-        job.config.num_layers, job.chunk, sample.work, decode.compute[0], short.compute[0], long.compute[0],
-        root_step, root_chunk,
+        job.chunk, sample.work, sample.prompt_work, decode.compute[0], short.compute[0], long.compute[0], root_step,
+        root_chunk,
     )  # fmt: skip
 
 
 def _together(group: TensorParallelGroup, job: Job) -> tuple[Sample, Timing, Timing, float]:
     """Measure steps of equal slices, all ranks in one step as in use; return also what deep attention adds."""
-    layers = min(_PROMPT_LAYERS, job.config.num_layers)
     shard = shards_of(job.config, [1.0] * group.size)[group.rank]
     sample = Sample(job, shard, sample_bytes(len(group.local_ranks)), group)
-    return sample, sample.decode(), sample.prefill(layers), sample.attention(layers)
+    return sample, sample.decode(), sample.prefill(), sample.attention()
 
 
 def _fewer(group: TensorParallelGroup, job: Job) -> dict[int, tuple[float, float]]:
     """Measure this rank's steps with 1, 2, ... of its host's ranks at work, but not all; seconds of decode, prefill."""
-    layers = min(_PROMPT_LAYERS, job.config.num_layers)
     most = max(group.hosts.count(host) for host in group.hosts)
     here, place = len(group.local_ranks), group.local_ranks.index(group.rank)
     found: dict[int, tuple[float, float]] = {}
@@ -164,6 +165,6 @@ def _fewer(group: TensorParallelGroup, job: Job) -> dict[int, tuple[float, float
     for count in range(1, most):
         wait_asleep(group.comm)
         if sample is not None and place < count < here:
-            found[count] = sample.decode().compute[0], sample.prefill(layers).compute[0]
+            found[count] = sample.decode().compute[0], sample.prefill().compute[0]
         wait_asleep(group.comm)
     return found

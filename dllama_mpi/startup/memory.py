@@ -57,7 +57,7 @@ def fitting_positions(needs: list[Need], wanted: int, is_explicit: bool) -> int:
         ranks = [i for i, n in enumerate(needs) if n.host == host]
         fixed, each = (sum(getattr(needs[i], name) for i in ranks) for name in ("fixed", "per_position"))
         free = usable_bytes([needs[i] for i in ranks])
-        fits = max(0, free - fixed) // each
+        fits = max(0, free - fixed) // each if each else wanted * (fixed <= free)
         least = wanted if is_explicit else min(wanted, LEAST_POSITIONS)
         if fits < least:
             who = f"rank {ranks[0]} needs" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]} need"

@@ -1,21 +1,75 @@
-"""Where models are: a directory, the one that comes with the package, or random weights of a known shape."""
+"""Finding and opening a model: `open_model`, whatever it lies in."""
 
 from __future__ import annotations
 
 import contextlib
-import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from ..architectures.registry import architecture_of, read_config, read_model_config
+from ..errors import ModelError
+from ..kernels.layout import TileFormat
+from ..model.build import check_files
 from ..model.config import ModelConfig
-from ..model.names import check_files, matrix_shapes, vector_shapes
+from ..model.recipe import DEFAULT, WeightRecipe
 from ..model.shapes import shape_config
+from ..model.tensors import HEAD, TABLE, Kind, tensors
+from ..text.files import read_json
+from ..text.tokenizer import declared_ids
 from ..weights.checkpoint import Checkpoint
-from ..weights.random import RandomCheckpoint
-from ..weights.slices import SliceCheckpoint
-from .placement import open_folder
+from ..weights.mapped import MappedSource
+from ..weights.random import RandomSource
+from ..weights.slices import SliceCheckpoint, slices_in
+from ..weights.source import WeightSource
 
-RANDOM = "random:"  # before a shape's name: its weights are random, and on no disk
+RANDOM = "random:"  # begins the name of a model that is a shape, and on no disk
 DEMO = Path(__file__).resolve().parent.parent / "demo"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that has been opened.
+
+    Attributes:
+        folder: where its small files lie. config: its shape. source: the whole model's tensors; None if the folder has
+            slices alone, or nothing that was opened. slices: those.
+    """
+
+    folder: Path
+    config: ModelConfig
+    source: WeightSource | None
+    slices: Sequence[SliceCheckpoint] = ()
+
+    def formats(self, weights: str | None) -> dict[str, TileFormat]:
+        """Return the format of every matrix: what `--weights` says, else what the files hold, else the default.
+
+        Raises:
+            UsageError: no such format or rule. ModelError: slices alone, and they are of other formats.
+        """
+        held: Mapping[str, TileFormat] = {}
+        if self.source is not None:
+            held = self.source.formats
+        elif self.slices:
+            held = self.slices[0].formats
+        wanted = WeightRecipe.parse(weights or DEFAULT).formats(self.config, held)
+        if weights is None:
+            return {**wanted, **held}
+        if self.slices and self.source is None and wanted != {name: held[name] for name in wanted}:
+            path = self.slices[0].path
+            raise ModelError(f"{path} holds other weights than {weights}; leave out --weights, or give the whole model")
+        return wanted
+
+    @property
+    def whole(self) -> WeightSource:
+        """The whole model's tensors.
+
+        Raises:
+            ModelError: there are slices alone.
+        """
+        if self.source is None:
+            raise ModelError(f"{self.folder} holds slices of a model; give the whole model")
+        return self.source
 
 
 def model_folder(model: str) -> Path:
@@ -23,32 +77,76 @@ def model_folder(model: str) -> Path:
     return DEMO if model == "demo" and not Path(model).is_dir() else Path(model).expanduser()
 
 
-def open_model(model: str) -> tuple[Path, ModelConfig, Checkpoint | list[SliceCheckpoint]]:
-    """Return the folder, config and weights, or slices of them, of a model given by path, "demo" or "random:SHAPE".
+def model_config(model: str) -> ModelConfig:
+    """Return the config of a model given by path, "demo" or "random:SHAPE"; its weights need not be there.
 
-    A random one, of a shape in `SHAPES`, has no folder, no tokenizer and no files.
+    Raises:
+        UsageError: no such shape. ModelError: the folder or its config.json is missing, or not to be read.
+    """
+    if model.startswith(RANDOM):
+        return read_model_config(shape_config(model.removeprefix(RANDOM)), model)
+    folder = model_folder(model)
+    return read_model_config(read_config(folder), str(folder / "config.json"))
+
+
+def open_model(model: str, check: bool = True) -> ModelFiles:
+    """Open a model given by path, "demo" or "random:SHAPE"; check: that its tensors are those of its config.
 
     Raises:
         UsageError: no such shape. ModelError: files that are missing, damaged or do not fit the config.
     """
+    config = model_config(model)
     if model.startswith(RANDOM):
-        config = ModelConfig.from_hf(shape_config(model.removeprefix(RANDOM)), model)
-        matrices, table = matrix_shapes(config), (config.vocab_size, config.hidden_size)
-        if config.tie_word_embeddings:
-            del matrices["lm_head.weight"]
-        return Path(model), config, RandomCheckpoint(model, matrices, vector_shapes(config), table)
+        return ModelFiles(Path(model), config, random_source(model, config))
     folder = model_folder(model)
-    config, opened = ModelConfig.load(folder), open_folder(folder)
-    if isinstance(opened, Checkpoint):
-        check_files(opened, config)
-    return folder, config, opened
+    found = open_folder(folder, config)
+    if check and found.source is not None:
+        check_files(found.source, config)
+    return found
+
+
+def open_shape(model: str) -> ModelFiles:
+    """Open a model like `open_model`, but be content with its config.json: before weights are downloaded, say.
+
+    Raises:
+        UsageError: no such shape. ModelError: files that are there, but cannot be read.
+    """
+    folder = model_folder(model)
+    if model.startswith(RANDOM) or any(folder.glob("*.safetensors")):
+        return open_model(model, check=False)
+    return ModelFiles(folder, model_config(model), None)
+
+
+def open_folder(folder: Path, config: ModelConfig) -> ModelFiles:
+    """Open a model directory: a whole model's files, or slices of one.
+
+    Raises:
+        ModelError: there is neither, or a file is damaged.
+    """
+    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
+        slices = slices_in(folder)
+        if slices:
+            return ModelFiles(folder, config, None, slices)
+    checkpoint = Checkpoint(folder)
+    if checkpoint.is_converted:
+        return ModelFiles(folder, config, checkpoint)
+    architecture = architecture_of(read_config(folder))
+    places = architecture.places(config, checkpoint.names())
+    return ModelFiles(folder, config, MappedSource(checkpoint, places, architecture.unused(config)))
+
+
+def random_source(name: str, config: ModelConfig) -> RandomSource:
+    """Return random weights of a model's shape; a tied lm_head is the table of embeddings."""
+    shapes = {spec.name: spec.shape for spec in tensors(config)}
+    if config.tie_word_embeddings:
+        del shapes[HEAD]
+    return RandomSource(name, shapes, next(spec.name for spec in tensors(config) if spec.kind is Kind.TABLE) or TABLE)
 
 
 def declared_stop_ids(folder: Path) -> list[int]:
     """Return the stop tokens that generation_config.json and config.json name; for models without a tokenizer."""
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
-        with contextlib.suppress(OSError, ValueError):
-            value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        with contextlib.suppress(ModelError):
+            ids.update(declared_ids(read_json(folder / name), "eos_token_id"))
     return sorted(ids)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from ..errors import UsageError
-from ..kernels.layout import FORMATS
-from ..model.kv_cache import KV_TYPES
-from ..parallel.collective.all_reduce import PAYLOADS, SYNCS
+from ..kernels.layout import TileFormat
+from ..model.buffers import KV_TYPES
+from ..model.config import ModelConfig
+from ..model.recipe import WeightRecipe, default_kv_type, described
+from ..parallel.collective.table import MPI, PAYLOADS, SYNCS
 from ..parallel.watchdog import LEAST_TIMEOUT, LONGEST_TIMEOUT, TIMEOUT
 
 SPECULATIONS = ("off", "lookup")
@@ -21,7 +23,7 @@ class Options:
     Attributes:
         model: a model directory, "demo" for the one that comes with the package, or "random:SHAPE" for random
             weights of a shape in `model.shapes`.
-        weights: "q40", "q80", "f16" or "f32"; None: what a converted directory holds, else q40.
+        weights: a recipe, see `model.recipe`; None: what a converted directory holds, else the default.
         buffer_float_type: what activations are sent as between hosts: "f32", "f16" or "q80"; None: q80, which loses
             nothing that can be measured.
         sync: how all-reduces are done, one of `SYNCS`; "auto": the fastest by measurement.
@@ -61,7 +63,6 @@ class Options:
     def check(self) -> None:
         """Raise a UsageError that names the first value that cannot be."""
         choices: tuple[tuple[str, Collection[str]], ...] = (
-            ("weights", FORMATS),
             ("buffer_float_type", PAYLOADS),
             ("kv_type", KV_TYPES),
             ("sync", SYNCS),
@@ -71,6 +72,8 @@ class Options:
             value = getattr(self, name)
             if value not in allowed and not (value is None and name != "sync"):
                 raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        if self.weights is not None:
+            WeightRecipe.parse(self.weights)
         if self.cache_limit is not None and not self.cache_limit > 0:
             raise UsageError(f"cache_limit is {self.cache_limit}; it must be above 0")
         for name in ("nthreads", "max_seq_len", "max_batch", "prefill_chunk"):
@@ -80,3 +83,40 @@ class Options:
         if not (self.timeout == 0 or LEAST_TIMEOUT <= self.timeout <= LONGEST_TIMEOUT):
             limits = f"from {LEAST_TIMEOUT:g} to {LONGEST_TIMEOUT:g} seconds"
             raise UsageError(f"timeout is {self.timeout:g}; it must be {limits}, or 0 for none")
+
+    def check_for(self, config: ModelConfig) -> None:
+        """Raise a UsageError if the model cannot be run in this way."""
+        if self.speculate == "lookup" and config.has_state:
+            raise UsageError(
+                f"speculate lookup: {config.model_type} has layers whose state cannot go back behind a draft that was"
+                " wrong; leave --speculate off"
+            )
+
+
+@dataclass(frozen=True)
+class Kept:
+    """In which types a model is kept and sent, nothing left open.
+
+    Attributes:
+        formats: of every matrix. kv_type: of the KV cache. payload: of all-reduces between hosts.
+    """
+
+    formats: Mapping[str, TileFormat]
+    kv_type: str
+    payload: str
+
+    @classmethod
+    def of(
+        cls,
+        formats: Mapping[str, TileFormat],
+        kv_type: str | None = None,
+        buffer_float_type: str | None = None,
+        sync: str = "auto",
+    ) -> Kept:
+        """Fill in what the user left open; the arguments are fields of `Options`, formats `ModelFiles.formats`."""
+        payload = buffer_float_type or ("f32" if sync == MPI.name else "q80")
+        return cls(formats, kv_type or default_kv_type(formats), payload)
+
+    def weights(self, config: ModelConfig) -> str:
+        """Return the formats as a recipe, for people."""
+        return described(config, self.formats)

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import ModelError
-from ..kernels.layout import FORMATS
 from ..log import say, warn
+from ..model.build import check_files
 from ..model.config import ModelConfig
-from ..model.names import check_files, slice_parts, vector_shapes
+from ..model.recipe import slice_parts
 from ..parallel.group import TensorParallelGroup
 from ..parallel.partition import Shard
 from ..parallel.stream import together_at_rest
 from ..weights.cache import NoRoom, SliceWriter, WeightCache, remove
-from ..weights.checkpoint import Checkpoint
-from ..weights.files import TABLE
-from ..weights.slices import DamagedSlice, Recipe, SliceCheckpoint, SliceInMemory, slices_in
+from ..weights.checkpoint import name_of
+from ..weights.slices import DamagedSlice, Manifest, SliceCheckpoint, SliceInMemory
+from ..weights.source import WeightSource
 from ..weights.transfer import receive_slice, send_slices
+from .opening import ModelFiles, open_folder
 
 T = TypeVar("T")
 READ, SLICE, CACHE, RECEIVED = "read", "slice", "cache", "received"
@@ -41,38 +42,34 @@ class Origin:
     in_memory: int = 0
 
 
-def open_folder(folder: Path) -> Checkpoint | list[SliceCheckpoint]:
-    """Open a model directory: a whole model's files, or slices of one.
+def manifest_of(files: ModelFiles, weights: str | None, shard: Shard, ranks: int) -> Manifest:
+    """Return what slices of the root's model are made of; shard: any rank's.
 
     Raises:
-        ModelError: there is neither, or a file is damaged.
+        ModelError: the root has slices alone, and they are of other formats than are wanted.
     """
-    if any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        return Checkpoint(folder)
-    return slices_in(folder) or Checkpoint(folder)
+    formats, source = files.formats(weights), files.source
+    if source is None:
+        first = files.slices[0]
+        return Manifest(first.model, formats, first.lineage(formats), "")
+    if ranks == 1:
+        return Manifest(source.folder.name, formats, "", "")  # nobody to compare with
+    return Manifest.of(source, formats, slice_parts(files.config, shard))
 
 
-def recipe_of(
-    opened: Checkpoint | list[SliceCheckpoint], config: ModelConfig, weights: str | None, ranks: int
-) -> Recipe:
-    """Return what slices of the root's model are made of.
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be placed: a model, in which formats, and each rank's shard of it.
 
-    Raises:
-        ModelError: the root has slices alone, and they are of another format than is wanted.
+    Attributes:
+        folder: where a model may lie on this host. manifest: what slices are made of. split: as the user gave it.
     """
-    if isinstance(opened, Checkpoint):
-        fmt = FORMATS[weights or opened.format_name or "q40"]
-        if ranks == 1:
-            return Recipe(opened.folder.name, fmt, "", None)  # nobody to compare with
-        return Recipe.of(opened, fmt, vector_shapes(config))
-    first = opened[0]
-    if weights is not None and weights != first.format_name:
-        raise ModelError(
-            f"{first.path} holds {first.format_name}; {weights} weights are asked for; leave out --weights, or give"
-            " the whole model"
-        )
-    fmt = FORMATS[first.format_name or ""]
-    return Recipe(first.model, fmt, first.lineage(fmt), None)
+
+    folder: Path
+    config: ModelConfig
+    manifest: Manifest
+    shards: Sequence[Shard]
+    split: str | None
 
 
 class Placement:
@@ -85,30 +82,25 @@ class Placement:
     def __init__(
         self,
         group: TensorParallelGroup,
-        folder: Path,
-        opened: Checkpoint | list[SliceCheckpoint] | None,
-        config: ModelConfig,
-        recipe: Recipe,
-        shards: Sequence[Shard],
-        split: str | None,
+        wanted: Wanted,
+        opened: ModelFiles | None,
         cache: WeightCache | None,
         quiet: bool,
     ) -> None:
         """Look for this rank's weights. Collective.
 
         Args:
-            folder: where a model may lie on this host. opened: what is in it, on the root.
-            split: as the user gave it. cache: None to keep what is received in memory.
+            opened: what is in the folder, on the root. cache: None to keep what is received in memory.
 
         Raises:
             ModelError: some rank has no weights, and the root cannot send them.
         """
-        self._group, self._folder, self._config, self._recipe = group, folder, config, recipe
-        self._parts = [slice_parts(config, shard) for shard in shards]
-        self._split, self._cache, self._quiet = split, cache, quiet
-        self._key = recipe.key(self._parts[group.rank])
+        self._group, self._wanted, self._cache, self._quiet = group, wanted, cache, quiet
+        self._folder, self._manifest = wanted.folder, wanted.manifest
+        self._parts = [slice_parts(wanted.config, shard) for shard in wanted.shards]
+        self._key = self._manifest.key(self._parts[group.rank])
         self._sink: SliceWriter | SliceInMemory | None = None
-        self.source: Checkpoint | None = None
+        self.source: WeightSource | None = None
         self.origin = Origin(READ)
         self.origins: list[Origin] = []
         self._notes: list[str] = []
@@ -137,23 +129,23 @@ class Placement:
     # ---- looking
 
     def _about(self, rank: int) -> str:
-        return slice_owner(rank, self._group.size, self._split)
+        return slice_owner(rank, self._group.size, self._wanted.split)
 
-    def _look(self, opened: Checkpoint | list[SliceCheckpoint] | None) -> None:
-        if isinstance(opened, Checkpoint):
-            self.source = opened
+    def _look(self, opened: ModelFiles | None) -> None:
+        if opened is not None and opened.source is not None:
+            self.source = opened.source
         elif opened is not None:
-            self.source = self._own(opened)
+            self.source = self._own(opened.slices)
             self.origin = Origin(SLICE)
             if self.source is None:
-                raise ModelError(self._of_others(opened))
+                raise ModelError(self._of_others(opened.slices))
         else:
             self._look_on_worker()
 
-    def _own(self, slices: list[SliceCheckpoint]) -> SliceCheckpoint | None:
+    def _own(self, slices: Sequence[SliceCheckpoint]) -> SliceCheckpoint | None:
         return next((s for s in slices if s.key == self._key), None)
 
-    def _of_others(self, slices: list[SliceCheckpoint]) -> str:
+    def _of_others(self, slices: Sequence[SliceCheckpoint]) -> str:
         held = "; ".join(s.about for s in slices)
         return (
             f"{self._folder} holds no weights for {self._about(self._group.rank)}, but the slice of {held}; run with"
@@ -163,18 +155,18 @@ class Placement:
     def _look_on_worker(self) -> None:
         problem = ""
         try:
-            found = open_folder(self._folder)
-            if isinstance(found, Checkpoint):
-                check_files(found, self._config)
-                if found.lineage(self._recipe.format) == self._recipe.lineage:
-                    self.source = found
+            found = open_folder(self._folder, self._wanted.config)
+            if found.source is not None:
+                check_files(found.source, self._wanted.config)
+                if found.source.lineage(self._manifest.formats) == self._manifest.lineage:
+                    self.source = found.source
                     return
                 problem = f"{self._folder} holds other files than rank 0's"
-            elif own := self._own(found):
+            elif own := self._own(found.slices):
                 self.source, self.origin = own, Origin(SLICE)
                 return
             else:
-                problem = self._of_others(found)
+                problem = self._of_others(found.slices)
         except ModelError as error:
             if any(self._folder.glob("*.safetensors")):
                 problem = str(error)
@@ -188,7 +180,7 @@ class Placement:
                 self._notes.append(f"{error}; it is received anew")
         if self.source is not None:
             self.origin = Origin(CACHE)
-        elif self._recipe.dtypes is not None:
+        elif self._manifest.table:
             self._ask()
             if problem:
                 self._notes.append(f"{problem}; the weights are received from rank 0")
@@ -201,22 +193,22 @@ class Placement:
 
     def _ask(self) -> None:
         """Make ready to receive: into the cache if that has room, else into memory."""
-        file = self._recipe.file(self._parts[self._group.rank], self._about(self._group.rank))
+        file = self._manifest.file(self._parts[self._group.rank], self._about(self._group.rank))
         if self._cache is not None:
-            label = f"{self._recipe.model}-{self._recipe.format.name}-{self._group.rank}of{self._group.size}"
+            label = f"{self._manifest.model}-{name_of(self._manifest.formats)}-{self._group.rank}of{self._group.size}"
             try:
                 self._sink = self._cache.create(file, self._key, label)
                 self.origin = Origin(RECEIVED, file.size)
                 return
             except NoRoom as error:
                 self._notes.append(f"no room in the cache ({error}); the weights are kept in memory alone")
-        self._sink = SliceInMemory(file, self._recipe)
-        table = next(entry.size for entry in file.entries if entry.name == TABLE)
+        self._sink = SliceInMemory(file, self._manifest, self._parts[self._group.rank])
+        table = next(entry.size for entry in file.entries if not entry.ranges and entry.origin)
         self.origin = Origin(RECEIVED, file.size, table)
 
     # ---- fetching
 
-    def load(self, build: Callable[[Checkpoint], T]) -> T:
+    def load(self, build: Callable[[WeightSource], T]) -> T:
         """Receive what is missing, build on it and return that. Collective.
 
         A slice that turns out to be damaged is received anew, if the root has the whole model.
@@ -247,11 +239,11 @@ class Placement:
             asking = [r for r, origin in enumerate(self.origins) if origin.received]
             if not asking:
                 return True
-            assert isinstance(self.source, Checkpoint)
-            files = {r: self._recipe.file(self._parts[r], self._about(r)) for r in asking}
-            return send_slices(self.source, self._recipe.format, files, self._group, not self._quiet)
+            assert self.source is not None
+            files = {r: self._manifest.file(self._parts[r], self._about(r)) for r in asking}
+            return send_slices(self.source, files, self._group, not self._quiet)
         if self._sink is not None:
-            file = self._recipe.file(self._parts[rank], self._about(rank))
+            file = self._manifest.file(self._parts[rank], self._about(rank))
             self.source = receive_slice(file, self._sink, self._group)
             if self.source is None:
                 return False
@@ -260,7 +252,7 @@ class Placement:
 
     def _replace(self, error: DamagedSlice, attempt: int) -> None:
         """Give up a damaged slice and ask for another, or raise the error if that cannot help."""
-        if attempt or self._group.is_root or self._recipe.dtypes is None:
+        if attempt or self._group.is_root or not self._manifest.table:
             raise error
         self._notes.append(f"{error}; it is received anew")
         if self.origin.how != SLICE and isinstance(self.source, SliceCheckpoint):

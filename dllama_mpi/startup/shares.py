@@ -6,11 +6,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..kernels.layout import TileFormat
+from ..kernels.layout import BLOCK, ceil_to
+from ..model.buffers import Buffers, Sizes, memory_bytes
 from ..model.config import ModelConfig
-from ..model.size import buffer_bytes, cache_bytes, weight_bytes
+from ..model.recipe import weight_bytes
+from ..model.tensors import axes
+from ..parallel.collective.memory import all_reduce_bytes
 from ..parallel.partition import Shard, shards
 from .memory import LEAST_POSITIONS, Need, usable_bytes
+from .options import Kept
 
 _ROUNDS = 400  # of fitting; each makes some host's share at least a hundredth smaller
 _STEP = 0.99
@@ -22,9 +26,14 @@ def shards_of(config: ModelConfig, shares: Sequence[float]) -> list[Shard]:
     """Return every rank's shard of a model.
 
     Raises:
-        UsageError: more ranks than query heads.
+        UsageError: more ranks than heads.
     """
-    return shards(config.num_heads, config.num_kv_heads, config.intermediate_size, config.vocab_size, shares)
+    return shards(axes(config), shares)
+
+
+def most_ranks(config: ModelConfig) -> int:
+    """Return the most ranks that a model can be cut for."""
+    return min((axis.units // axis.least for axis, _ in axes(config) if axis.least), default=config.vocab_size)
 
 
 @dataclass(frozen=True)
@@ -36,11 +45,10 @@ class MemoryPlan:
     """
 
     config: ModelConfig
-    format: TileFormat
-    kv_type: str
+    kept: Kept
     tokens: int
-    slots: int
-    max_seq_len: int | None
+    slots: int = 1
+    max_seq_len: int | None = None
 
     @property
     def wanted(self) -> int:
@@ -49,16 +57,36 @@ class MemoryPlan:
 
     def needs(self, parts: Sequence[Shard], hosts: Sequence[tuple[str, int]]) -> list[Need]:
         """Return every rank's need, given its shard, its host's name and the bytes that host has free."""
-        c, ranks = self.config, len(parts)
+        names = [host for host, _ in hosts]
         return [
-            Need(
-                host,
-                weight_bytes(c, part, self.format) + buffer_bytes(c, part, self.tokens, ranks),
-                cache_bytes(c, part, self.kv_type) * self.slots,
-                free,
-            )
+            Need(host, self.fixed(part, names), self.per_position(part), free)
             for part, (host, free) in zip(parts, hosts, strict=True)
         ]
+
+    def fixed(self, part: Shard, hosts: Sequence[str]) -> int:
+        """Return the bytes of a rank's weights, buffers and states; hosts: of each rank."""
+        return sum(self.parts(part, hosts, 0).values())
+
+    def parts(self, part: Shard, hosts: Sequence[str], positions: int) -> dict[str, int]:
+        """Return the bytes of what a rank holds, with so many positions; hosts: of each rank."""
+        once, _ = memory_bytes(self.config, part, self.kept.kv_type)
+        return {
+            "weights": weight_bytes(self.config, part, self.kept.formats),
+            "kv_cache": positions * self.per_position(part),
+            "states": once * self.slots,
+            "buffers": self.buffers(part, hosts),
+        }
+
+    def buffers(self, part: Shard, hosts: Sequence[str]) -> int:
+        """Return the bytes of a rank's buffers; hosts: of each rank."""
+        kept, width = self.kept, ceil_to(self.config.hidden_size, BLOCK)
+        own = Buffers(self.config, part, kept.formats, Sizes(self.tokens, self.slots, 1, kept.kv_type)).scratch_bytes()
+        here = list(hosts).count(hosts[part.rank])
+        return own + all_reduce_bytes(len(hosts), here, len(set(hosts)), self.tokens, width, kept.payload)
+
+    def per_position(self, part: Shard) -> int:
+        """Return the bytes that one position of all sequences takes on a rank."""
+        return memory_bytes(self.config, part, self.kept.kv_type)[1] * self.slots
 
     def shares(self, speeds: Sequence[float], hosts: Sequence[tuple[str, int]]) -> tuple[list[float], set[str]]:
         """Return shares by the ranks' speeds that fit into their hosts' memory; see `fitting_shares`."""

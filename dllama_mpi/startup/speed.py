@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from ..kernels.layout import BLOCK, ROWS, TileFormat, ceil_div
+from ..kernels.layout import BLOCK, FORMATS, ROWS, TileFormat, aligned_empty, ceil_div
+from ..kernels.matrix import ADDRESS, EXPERT_STRIDE, Matrix, activations
 from ..model.config import ModelConfig
-from ..model.forward import products
-from ..model.linear import Activations, described
-from ..model.size import weight_bytes
+from ..model.linear import multiply
+from ..model.recipe import weight_bytes
 from ..parallel.group import TensorParallelGroup
 from ..parallel.partition import Shard
-from ..weights.random import TilePool
-from ..weights.tiles import TileMatrix, aligned_empty
+from ..weights.random import RandomTensor
+from ..weights.tiles import TileMatrix
 from .memory import available_bytes
 
 WINDOW_SECONDS, WINDOWS = 0.12, 5  # longer than the 0.1 s in which a limit on processor time is commonly dealt out
@@ -70,32 +70,39 @@ class MatrixVector:
     def __init__(self, hidden: int, fmt: TileFormat, size: int, threads: int) -> None:
         blocks = ceil_div(hidden, BLOCK)
         row = blocks * fmt.tile_bytes  # bytes of a row of tiles
-        count = max(1, round(size / _MATRIX_BYTES))
-        rows = max(threads, size // row // count)
-        self.size, self._fmt, self._threads = count * rows * row, fmt, threads
-        tiles = aligned_empty((count, rows, blocks, fmt.tile_bytes))
-        np.take(TilePool()(fmt), np.arange(count * rows * blocks), 0, tiles.reshape(-1, fmt.tile_bytes), "wrap")
-        self._tiles = [TileMatrix(t, rows * ROWS, blocks * BLOCK, fmt) for t in tiles]
-        self._matrices = [described(matrix) for matrix in self._tiles]
-        self._x = Activations(1, hidden, fmt)
+        self._count = max(1, round(size / _MATRIX_BYTES))
+        rows = max(threads, size // row // self._count)
+        self.size, self._threads = self._count * rows * row, threads
+        tensor = RandomTensor(
+            "sample", "F32", np.broadcast_to(np.float32(0), (self._count, rows * ROWS, blocks * BLOCK))
+        )
+        ranges = ((0, self._count), (0, rows * ROWS), (0, blocks * BLOCK))
+        tiles, scales = tensor.make_tiles(ranges, fmt)
+        self._matrix = TileMatrix(tiles, scales, rows * ROWS, blocks * BLOCK, fmt)
+        fields = np.repeat(self._matrix.fields()[None], self._count, 0)
+        fields[:, ADDRESS] += np.arange(self._count) * fields[:, EXPERT_STRIDE]
+        self._kernel = Matrix(fields)
+        self._x = activations(1, hidden, fmt.quantised_activations)
         self._out = aligned_empty((1, rows * ROWS), np.float32)
 
     def seconds(self, turns: int) -> float:
         """Go through all matrices so many times; return how long it took."""
         started = time.perf_counter()
         for _ in range(turns):
-            for matrix in self._matrices:
-                products(self._fmt.marker, matrix, *self._x.arrays(), self._out, 1, self._threads)
+            for i in range(self._count):
+                multiply(self._kernel, i, self._x, self._out, 1, self._threads)
         return time.perf_counter() - started
 
 
 def decode_rates(
-    config: ModelConfig, shard: Shard, fmt: TileFormat, group: TensorParallelGroup, threads: int
+    config: ModelConfig, shard: Shard, formats: Mapping[str, TileFormat], group: TensorParallelGroup, threads: int
 ) -> list[float]:
     """Return the bytes of weights a second that each rank multiplies with one token, all at once. Collective.
 
     shard: this rank's of equal shares; a model that fits into the caches is measured in them.
     """
-    size = min(sample_bytes(len(group.local_ranks)), weight_bytes(config, shard, fmt))
-    sample = MatrixVector(config.hidden_size, fmt, size, threads)
+    names = [fmt.name for fmt in formats.values()]
+    most = FORMATS[max(sorted(set(names)), key=names.count)]
+    size = min(sample_bytes(len(group.local_ranks)), weight_bytes(config, shard, formats))
+    sample = MatrixVector(config.hidden_size, most, size, threads)
     return group.allgather(sample.size / window_seconds(group, sample.seconds))

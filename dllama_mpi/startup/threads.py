@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from pathlib import Path
+
+import numpy as np
+
 from ..kernels import runtime
+from ..kernels.quantize import PLAIN, widen_rows
 from ..parallel.group import TensorParallelGroup
 
 
@@ -18,7 +25,8 @@ def place_threads(
     """
     cores = runtime.usable_cores()
     sharing = [rank for rank, other in enumerate(everybody) if other == (group.host, cores)]
-    if bind and len(cores) >= len(sharing):
+    is_bound = bind and len(cores) >= len(sharing)
+    if is_bound:
         place = sharing.index(group.rank)
         cores = cores[len(cores) * place // len(sharing) : len(cores) * (place + 1) // len(sharing)]
         runtime.bind(cores)
@@ -26,4 +34,19 @@ def place_threads(
     if wanted is None:
         wanted = max(1, min(len(cores) // len(sharing), runtime.most_threads()))
     runtime.set_threads(wanted)
+    if is_bound:
+        _bind_threads(cores)
     return wanted
+
+
+def _bind_threads(cores: list[int]) -> None:
+    """Keep each of the kernels' threads on a core of its own, where the system tells what threads there are."""
+    tasks = Path("/proc/self/task")
+    if not tasks.is_dir() or not hasattr(os, "sched_setaffinity"):
+        return
+    before = {path.name for path in tasks.iterdir()}
+    widen_rows(np.zeros((len(cores), 1), np.float32), PLAIN, np.zeros((len(cores), 1), np.float32))  # starts them
+    started = sorted(int(path.name) for path in tasks.iterdir() if path.name not in before)
+    for task, core in zip([os.getpid(), *started], cores, strict=False):
+        with contextlib.suppress(OSError):  # it has ended
+            os.sched_setaffinity(task, {core})

@@ -19,8 +19,9 @@ def read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
-        raise ModelError(f"{path} cannot be read: {error}; download it again") from None
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: neither JSON nor UTF-8
+        what = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ModelError(f"{path} cannot be read: {what}; download it again") from None
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds a {type(found).__name__}, not a JSON object; download it again")
     return found

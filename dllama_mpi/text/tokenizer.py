@@ -1,5 +1,7 @@
 """A model's tokenizer, from the files of a Hugging Face model directory."""
 
+# ruff: noqa: RUF001 - HunYuan's tokens are written with full-width bars
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,9 +18,16 @@ from .token_bytes import ByteRules
 
 # Tokens that end a turn or a text in known chat formats. Checkpoints often name only one of them in their files
 # (a base model's eos with an instruct model's weights), and generation would run on into an invented next turn.
-END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>")
+# gpt-oss answers to <|return|>, or <|call|> to call a tool; GLM's turns end where the user's or a tool's begin.
+END_TOKENS = (
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<seed:eos>",
+    "<|end_of_sentence|>", "<｜hy_place▁holder▁no▁2｜>", "<|return|>", "<|call|>", "<|user|>", "<|observation|>",
+)  # fmt: skip
 # "</s>" is an end token only where it is marked special: elsewhere (Gemma) it is HTML's end of struck-out text.
 END_TOKENS_IF_SPECIAL = ("</s>",)
+# An end token only beside another: "<|end|>" ends Phi's turns, but in gpt-oss (which has no "<|assistant|>") a message,
+# after which the answer goes on.
+END_TOKENS_BESIDE = {"<|end|>": "<|assistant|>"}
 
 
 class Tokenizer:
@@ -94,7 +103,7 @@ class Tokenizer:
         if "eos_token" not in special_tokens:
             _add_by_id(special_tokens, "eos_token", configs, backend)
         add_bos = settings.get("add_bos_token")
-        eos_ids = [token_id for config in configs for token_id in _ids(config, "eos_token_id")]
+        eos_ids = [token_id for config in configs for token_id in declared_ids(config, "eos_token_id")]
         return cls(backend, special_tokens, add_bos if isinstance(add_bos, bool) else None, eos_ids, folders)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -159,7 +168,12 @@ class Tokenizer:
     def _well_known_ends(self) -> frozenset[int]:
         ends = {self.added_tokens[token] for token in END_TOKENS if token in self.added_tokens}
         marked = {self.added_tokens[token] for token in END_TOKENS_IF_SPECIAL if token in self.added_tokens}
-        return frozenset(ends | (marked & self._special_ids))
+        beside = {
+            self.added_tokens[token]
+            for token, other in END_TOKENS_BESIDE.items()
+            if token in self.added_tokens and other in self.added_tokens
+        }
+        return frozenset(ends | (marked & self._special_ids) | beside)
 
     def _prefix_ids(self, add_bos: bool | None) -> list[int]:
         """Return what encoding puts before a text: usually BOS or nothing, two tokens in GLM.
@@ -215,17 +229,17 @@ def _token_texts(settings: Mapping[str, Any]) -> dict[str, str]:
 def _add_by_id(special_tokens: dict[str, str], name: str, configs: Iterable[dict[str, Any]], backend: Backend) -> None:
     """Name a special token by the first id that the model's configs give for it, if any."""
     for config in configs:
-        for token_id in _ids(config, f"{name}_id"):
+        for token_id in declared_ids(config, f"{name}_id"):
             text = backend.id_to_token(token_id)
             if text is not None:
                 special_tokens[name] = text
                 return
 
 
-def _ids(config: Mapping[str, Any], key: str) -> list[int]:
+def declared_ids(config: Mapping[str, Any], key: str) -> list[int]:
     """Read one id or a list of ids, also from the `text_config` of a multimodal model."""
     value = config.get(key)
     nested = config.get("text_config")
     ids = value if isinstance(value, list) else [value]
     found = [token_id for token_id in ids if type(token_id) is int and token_id >= 0]
-    return found + (_ids(nested, key) if isinstance(nested, dict) else [])
+    return found + (declared_ids(nested, key) if isinstance(nested, dict) else [])

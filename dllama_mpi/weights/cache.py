@@ -23,7 +23,7 @@ from typing import IO
 import numpy as np
 
 from ..errors import ModelError, UsageError
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, name_of
 from .files import Entry, File
 from .partial import sync, sync_folder
 from .slices import SliceCheckpoint
@@ -245,7 +245,7 @@ def _described(path: Path) -> tuple[str, str, str]:
         found = SliceCheckpoint(path)
     except ModelError:
         return "", "", ""
-    return found.model, found.format_name or "", found.about
+    return found.model, name_of(found.formats), found.about
 
 
 class _Held:

@@ -7,13 +7,14 @@ touched, and lets ranks on one host share the page cache.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
 import mmap
 import os
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,65 +22,29 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
-from ..kernels.layout import TileFormat
+from ..kernels.layout import FORMATS, TileFormat
+from .source import Tensor, TileTensor
 
 _DTYPES = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
 TILES_KEY = "dllama_mpi.weights"  # in a file's metadata: the tile format of its matrices
+FORMATS_KEY = "dllama_mpi.formats"  # the same of matrices that have another one, as JSON
+SCALES = ".row_scales"  # ends the name of the tensor beside a matrix of tiles that holds its row scales
 LAYOUT_KEY, LAYOUT = "dllama_mpi.layout", "1"
 LINEAGE_KEY = "dllama_mpi.lineage"  # what the file was made from, see `Checkpoint.lineage`
 
+PADDING = "padding."  # begins the names of tensors that hold nothing
 _SAMPLE_BYTES = 4096  # of each tensor that go into a fingerprint: what is read at once from a disk anyway
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a checkpoint.
-
-    Attributes:
-        dtype: safetensors' name of it: F32, F16, BF16 (values), U8 (tiles).
-        data: mapped array; F16 and BF16 appear as uint16 bits. Writing to it never reaches the file.
-    """
-
-    name: str
-    dtype: str
-    data: np.ndarray
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the whole tensor, of which `data` may be a part."""
-        return self.data.shape
-
-    @property
-    def is_tiles(self) -> bool:
-        """Whether this is a matrix of tiles, see `kernels.layout`."""
-        return self.dtype == "U8"
-
-    def rows(self, start: int, stop: int, cols: tuple[int, int] | None = None) -> np.ndarray:
-        """Return rows (and columns) of values as float32, a copy."""
-        part = self.data[start:stop] if cols is None else self.data[start:stop, cols[0] : cols[1]]
-        return as_float32(part, self.dtype)
-
-    def make_tiles(self, rows: tuple[int, int], cols: tuple[int, int], fmt: TileFormat) -> np.ndarray | None:
-        """Return rows and columns as tiles of a format if the tensor makes them itself; None: they are to be read."""
-        return None
-
-
-def as_float32(data: np.ndarray, dtype: str) -> np.ndarray:
-    """Return values of safetensors dtype F32, F16 or BF16 (the latter two as uint16 bits) as float32."""
-    if dtype == "BF16":
-        return (data.astype(np.uint32) << 16).view(np.float32)
-    if dtype == "F16":
-        return data.view(np.float16).astype(np.float32)
-    return data.astype(np.float32)
-
-
 class Checkpoint:
-    """All tensors of a model directory: one safetensors file, or shards with an index.
+    """All tensors of a model directory under the files' own names: one safetensors file, or shards with an index.
 
     Attributes:
-        format_name: the tile format of a converted directory ("q40", ...), None for one as published.
+        formats: of the matrices that are tiles; none in a directory as published.
         metadata: what the last file's header says beside the tensors.
     """
+
+    is_whole = True
 
     def __init__(self, folder: Path, files: list[Path] | None = None) -> None:
         """Open every file, or only those given, and check its header.
@@ -92,7 +57,8 @@ class Checkpoint:
         self._maps: dict[Path, np.ndarray] = {}
         self._digest = hashlib.sha256()
         self._fingerprint = ""
-        self.format_name: str | None = None
+        self._formats: dict[str, TileFormat] = {}
+        self.formats: Mapping[str, TileFormat] = self._formats
         self.metadata: dict[str, str] = {}
         for path in _files(folder) if files is None else files:
             self._open(path)
@@ -110,15 +76,25 @@ class Checkpoint:
             header_bytes = file.read(length)
         header = json.loads(header_bytes)
         self._digest.update(f"{path.name} {path.stat().st_size} ".encode() + header_bytes)
-        if TILES_KEY in metadata:
-            if metadata.get(LAYOUT_KEY) != LAYOUT:
-                raise ModelError(
-                    f"{path}: converted with layout {metadata.get(LAYOUT_KEY)}, this is {LAYOUT}; convert again"
-                )
-            self.format_name = metadata[TILES_KEY]
+        if TILES_KEY in metadata and metadata.get(LAYOUT_KEY) != LAYOUT:
+            raise ModelError(
+                f"{path}: converted with layout {metadata.get(LAYOUT_KEY)}, this is {LAYOUT}; convert again"
+            )
+        special = json.loads(metadata.get(FORMATS_KEY, "{}"))
         for name, entry in header.items():
-            if name != "__metadata__":
-                self._tensors[name] = (path, entry, 8 + length)
+            if name == "__metadata__":
+                continue
+            self._tensors[name] = (path, entry, 8 + length)
+            if entry["dtype"] == "U8" and len(entry["shape"]) > 2 and TILES_KEY in metadata:
+                held = special.get(name, metadata[TILES_KEY])
+                if held not in FORMATS:
+                    raise ModelError(f"{path}: tensor {name} is in format {held!r}; known are {', '.join(FORMATS)}")
+                self._formats[name] = FORMATS[held]
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether its names are those of `model.tensors`, not the publisher's."""
+        return LAYOUT_KEY in self.metadata
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -127,12 +103,29 @@ class Checkpoint:
         """Return the names of all tensors."""
         return list(self._tensors)
 
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """Return the tensors that none of these names stands for."""
+        wanted = set(names)
+        wanted |= {name + SCALES for name in wanted}
+        return [name for name in self._tensors if name not in wanted and not name.startswith(PADDING)]
+
     def __getitem__(self, name: str) -> Tensor:
         """Map a tensor.
 
         Raises:
             ModelError: no such tensor, or of a dtype that cannot be read.
         """
+        data, dtype = self.raw(name)
+        release = functools.partial(self.release, name)
+        if name not in self.formats:
+            return Tensor(name, dtype, data, release=release)
+        held, scales = self.formats[name], None
+        if held.has_row_scales:
+            scales, _ = self.raw(name + SCALES)
+        return TileTensor(name, dtype, data, release=release, format=held, row_scales=scales)
+
+    def raw(self, name: str) -> tuple[np.ndarray, str]:
+        """Return a tensor's elements as they lie in the file, mapped, and safetensors' name of their type."""
         if name not in self._tensors:
             raise ModelError(f"{self.folder}: tensor {name} is missing; config.json and the weights do not fit")
         path, entry, base = self._tensors[name]
@@ -143,7 +136,7 @@ class Checkpoint:
             self._maps[path] = np.memmap(path, np.uint8, mode="c")
         start, stop = entry["data_offsets"]
         data = np.frombuffer(self._maps[path][base + start : base + stop].data, _DTYPES[dtype])
-        return Tensor(name, dtype, data.reshape(entry["shape"]))
+        return data.reshape(entry["shape"]), dtype
 
     def release(self, name: str) -> None:
         """Give back the memory of a tensor's pages that were read; the file's contents stay where they are."""
@@ -156,6 +149,12 @@ class Checkpoint:
         length = stop // mmap.PAGESIZE * mmap.PAGESIZE - start
         if length > 0:
             mapped.madvise(mmap.MADV_DONTNEED, start, length)
+
+    def let_go(self) -> None:
+        """Give back the memory of all pages that were read; the files' contents stay where they are."""
+        for mapped in (getattr(array, "_mmap", None) for array in self._maps.values()):
+            if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def fingerprint(self) -> str:
         """Return a digest of the files' names, sizes and headers and of 4 KB from the middle of each tensor.
@@ -172,17 +171,36 @@ class Checkpoint:
             self._fingerprint = self._digest.hexdigest()
         return self._fingerprint
 
-    def lineage(self, fmt: TileFormat) -> str:
-        """Return what the matrices have been made from and by which steps once they are tiles of a format.
+    def lineage(self, formats: Mapping[str, TileFormat]) -> str:
+        """Return what the matrices have been made from, and by which steps, once they are tiles of these formats.
 
-        The fingerprint of a model's files as published, and each format that the values went through: where this is
+        The fingerprint of a model's files as published, and the formats that the values went through: where this is
         the same, so are the tiles. "7f83b1...>q40" stands for a published model loaded as q40, for its conversion to
         q40, and for a rank's slice of either.
         """
-        line = self.metadata.get(LINEAGE_KEY)
+        line, held = self.metadata.get(LINEAGE_KEY), name_of(self.formats)
         if line is None:
-            line = self.fingerprint() + (f">{self.format_name}" if self.format_name else "")
-        return line if self.format_name == fmt.name else f"{line}>{fmt.name}"
+            line = self.fingerprint() + (f">{held}" if held else "")
+        wanted = name_of(formats)
+        return line if held == wanted else f"{line}>{wanted}"
+
+
+def name_of(formats: Mapping[str, TileFormat]) -> str:
+    """Return a name of the formats of all matrices: that of the most frequent one, and a digest if there are others."""
+    names = [fmt.name for fmt in formats.values()]
+    if not names:
+        return ""
+    most = max(sorted(set(names)), key=names.count)
+    others = sorted((name, fmt.name) for name, fmt in formats.items() if fmt.name != most)
+    return most + (f"+{hashlib.sha256(json.dumps(others).encode()).hexdigest()[:12]}" if others else "")
+
+
+def format_metadata(formats: Mapping[str, TileFormat]) -> dict[str, str]:
+    """Return the metadata that says in which formats a file's matrices are."""
+    names = [fmt.name for fmt in formats.values()]
+    most = max(sorted(set(names)), key=names.count, default="f32")
+    others = {name: fmt.name for name, fmt in formats.items() if fmt.name != most}
+    return {TILES_KEY: most, **({FORMATS_KEY: json.dumps(others)} if others else {})}
 
 
 def _files(folder: Path) -> list[Path]:
@@ -190,7 +208,7 @@ def _files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError, OSError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OSError, RecursionError) as error:
             raise ModelError(f"{index}: not a safetensors index ({type(error).__name__}: {error})") from None
         if not all(isinstance(name, str) for name in names):
             raise ModelError(f"{index}: not a safetensors index (weight_map names {names[0]!r}, not a file)")

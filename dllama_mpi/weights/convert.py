@@ -1,9 +1,9 @@
 """Writing a model directory whose matrices are tiles, ready to be mapped and cut as they lie.
 
-The new files hold Hugging Face's tensor names: matrices as U8 tiles (`kernels.layout`), the embedding table, norms
-and biases as the source has them. A tied model also gets its lm_head as tiles, as rows of the table are looked up in
-the file and products need tiles. Which tensor lies where depends on the model and the format alone, so the bytes are
-the same at any number of ranks.
+The new files hold the names of `model.tensors`: matrices as U8 tiles (`kernels.layout`), each in a format of its own,
+norms and biases as float32, the embedding table as the source has it. A tied model also gets its lm_head as tiles, as
+rows of the table are looked up in the file and products need tiles. Which tensor lies where depends on the model and
+the formats alone, so the bytes are the same at any number of ranks.
 
 Everything is written into DST.partial and renamed to DST when it is whole.
 """
@@ -15,66 +15,60 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import ClusterError, UsageError
+from ..errors import ClusterError, DllamaError, UsageError
 from ..kernels import runtime
-from ..kernels.layout import FORMATS, TileFormat
+from ..kernels.layout import TileFormat
 from ..log import progress, progress_bytes
 from ..parallel.group import TensorParallelGroup
 from ..parallel.stream import together_at_rest
-from .checkpoint import LAYOUT, LAYOUT_KEY, LINEAGE_KEY, TILES_KEY, Checkpoint
-from .files import (
-    HEAD,
-    PIECE_BYTES,
-    TABLE,
-    Entry,
-    File,
-    Part,
-    aligned,
-    lay_out,
-    read_piece,
-)
+from .checkpoint import LAYOUT, LAYOUT_KEY, LINEAGE_KEY, format_metadata
+from .files import PIECE_BYTES, Entry, File, aligned, lay_out, matrix_entries, read_piece, vector_entry
 from .partial import Partial, check_destination, sync, told
-from .slices import SliceReader
+from .slices import Parts, SliceReader, origin
+from .source import WeightSource
 from .tiles import check_shape
 
 _FILE_BYTES = 1 << 30  # a file is closed before it grows past this; one larger tensor makes a larger file
 
 
-def convert(
-    source: Checkpoint,
-    destination: Path,
-    fmt: TileFormat,
-    matrices: Mapping[str, tuple[int, int]],
-    vectors: Mapping[str, int],
-    tied: bool,
-    group: TensorParallelGroup,
-    show_progress: bool,
-) -> None:
-    """Write `source` as the model directory `destination` with matrices in `fmt`. Collective.
+@dataclass(frozen=True)
+class Conversion:
+    """What is written.
+
+    Attributes:
+        source: must hold the whole model. formats: of every matrix. parts: every tensor, whole.
+        show_progress: draw a bar on the root's stderr, if that is a terminal.
+    """
+
+    source: WeightSource
+    formats: Mapping[str, TileFormat]
+    parts: Parts
+    show_progress: bool
+
+
+def convert(conversion: Conversion, destination: Path, group: TensorParallelGroup) -> int:
+    """Write a model directory whose matrices are tiles; return its bytes. Collective.
 
     Each rank writes whole files in turn, some 16 MB at a time. A source that is converted already is converted
     again from the values it holds.
 
-    Args:
-        destination: must not exist, or be empty; folders above it are made. The same folder on every rank.
-        matrices: (rows, cols) of the tensors that become tiles, the lm_head among them.
-        vectors: sizes of the norms and biases.
-        tied: whether the embedding table and the lm_head stand in for each other where one is missing.
-        show_progress: draw a bar on the root's stderr, if that is a terminal.
+    destination: must not exist, or be empty; folders above it are made. The same folder on every rank.
 
     Raises:
         UsageError: the destination is in use, lies in the source, or cannot hold the files.
-        ModelError: a tensor is missing, of another shape than `matrices` and `vectors` say, or cannot be read.
+        ModelError: a tensor is missing, of another shape than it should be, or cannot be read.
         ClusterError: a rank has another source, or does not see the destination.
     """
+    source, show_progress = conversion.source, conversion.show_progress
     destination = Path(os.path.realpath(destination))
     partial = Partial(destination)
     with group.together(), told(destination):
         check_destination(Path(os.path.realpath(source.folder)), destination)
-        files = plan(source, fmt, matrices, vectors, tied)
-    _compare(source, files, group)
+        files = plan(conversion)
+    _compare(conversion, files, group)
     _share_cores(group)
     with group.together(), told(destination):
         if group.is_root:
@@ -83,30 +77,26 @@ def convert(
     try:
         with group.together():
             partial.check_visible()
-        _write_all(source, fmt, files, partial, group, show_progress)
+        _write_all(source, files, partial, group, show_progress)
         with group.together(), told(destination):
             if group.is_root:
                 partial.finish(source.folder, {file.name: file.size for file in files}, _index(files))
     except BaseException as error:
-        agreed = getattr(error, "agreed", False)  # then no rank writes any more
+        agreed = isinstance(error, DllamaError) and error.agreed  # then no rank writes any more
         if group.is_root or not agreed:
             partial.remove(whole=agreed or group.size == 1)
         raise
+    return sum(file.size for file in files)
 
 
 def convert_slices(
-    source: Checkpoint,
-    destination: Path,
-    fmt: TileFormat,
-    files: Mapping[str, File],
-    group: TensorParallelGroup,
-    show_progress: bool,
+    source: WeightSource, destination: Path, files: Mapping[str, File], group: TensorParallelGroup, show_progress: bool
 ) -> None:
     """Write slices of `source` into the model directory `destination`, on the root alone. Collective.
 
     Args:
         destination: must not exist, or be empty; folders above it are made.
-        files: what is to be written, by name; see `slices.Recipe.file`.
+        files: what is to be written, by name; see `slices.Manifest.file`.
 
     Raises:
         UsageError: the destination is in use, lies in the source, or cannot hold the files.
@@ -120,19 +110,17 @@ def convert_slices(
         check_destination(Path(os.path.realpath(source.folder)), destination)
         partial.create(sum(file.size for file in files.values()))
         try:
-            _write_slices(source, fmt, files, partial.path, show_progress)
+            _write_slices(source, files, partial.path, show_progress)
             partial.finish(source.folder, {name: file.size for name, file in files.items()}, {})
         except BaseException:
             partial.remove(whole=True)
             raise
 
 
-def _write_slices(
-    source: Checkpoint, fmt: TileFormat, files: Mapping[str, File], folder: Path, show_progress: bool
-) -> None:
+def _write_slices(source: WeightSource, files: Mapping[str, File], folder: Path, show_progress: bool) -> None:
     def work() -> Iterator[int]:
         for name, file in files.items():
-            reader = SliceReader(source, fmt, file)
+            reader = SliceReader(source, file)
             with (folder / name).open("xb") as out:
                 out.write(file.header)
                 for index in range(len(file.entries)):
@@ -155,9 +143,12 @@ def _index(files: list[File]) -> dict[str, bytes]:
     return {"model.safetensors.index.json": (json.dumps(index, indent=2) + "\n").encode()}
 
 
-def _compare(source: Checkpoint, files: list[File], group: TensorParallelGroup) -> None:
+def _compare(conversion: Conversion, files: list[File], group: TensorParallelGroup) -> None:
     """Raise a ClusterError on all ranks unless they read the same files and mean to write the same."""
-    seen = group.allgather((source.fingerprint(), hashlib.sha256(b"".join(f.header for f in files)).hexdigest()))
+    source = conversion.source
+    seen = group.allgather(
+        (source.lineage(conversion.formats), hashlib.sha256(b"".join(f.header for f in files)).hexdigest())
+    )
     for rank, other in enumerate(seen):
         if other != seen[0]:
             error = ClusterError(
@@ -179,17 +170,15 @@ def _share_cores(group: TensorParallelGroup) -> None:
 # ---- what lies where
 
 
-def plan(
-    source: Checkpoint, fmt: TileFormat, matrices: Mapping[str, tuple[int, int]], vectors: Mapping[str, int], tied: bool
-) -> list[File]:
-    """Return the files to write; see `convert` for the arguments.
+def plan(conversion: Conversion) -> list[File]:
+    """Return the files to write.
 
     Raises:
         ModelError: a tensor is missing, of another shape, or cannot be read.
     """
     groups: list[list[Entry]] = []
     room = 0
-    for entry in _entries(source, fmt, matrices, vectors, tied):
+    for entry in _entries(conversion):
         if not groups or entry.size > room:
             groups.append([])
             room = _FILE_BYTES
@@ -199,37 +188,32 @@ def plan(
         names = ["model.safetensors"]
     else:
         names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    metadata = {TILES_KEY: fmt.name, LAYOUT_KEY: LAYOUT, LINEAGE_KEY: source.lineage(fmt)}
+    formats = conversion.formats
+    metadata = {**format_metadata(formats), LAYOUT_KEY: LAYOUT, LINEAGE_KEY: conversion.source.lineage(formats)}
     return [lay_out(name, aligned(group), metadata) for name, group in zip(names, groups, strict=True)]
 
 
-def _entries(
-    source: Checkpoint, fmt: TileFormat, matrices: Mapping[str, tuple[int, int]], vectors: Mapping[str, int], tied: bool
-) -> Iterator[Entry]:
-    """Yield every tensor to write: the table, the vectors, the matrices."""
-    held = FORMATS.get(source.format_name or "")
-    stand_in = {TABLE: HEAD, HEAD: TABLE} if tied else {}
-
-    def origin(name: str) -> str:
-        return name if name in source else stand_in.get(name, name)
-
-    plain: dict[str, tuple[int, ...]] = {TABLE: matrices[HEAD], **{name: (size,) for name, size in vectors.items()}}
-    for name, shape in plain.items():
-        tensor = source[origin(name)]
-        check_shape(tensor, shape, None)
-        yield Entry(name, tensor.name, tensor.dtype, shape)
-    for name, matrix in matrices.items():
-        tensor = source[origin(name)]
-        check_shape(tensor, matrix, held)
-        yield Entry(name, tensor.name, "U8", fmt.shape(*matrix), Part.whole(*matrix))
+def _entries(conversion: Conversion) -> Iterator[Entry]:
+    """Yield every tensor to write, with its origin in the source."""
+    source = conversion.source
+    for name, part in conversion.parts.items():
+        tensor = source[origin(source, name)]
+        check_shape(tensor, part.shape)
+        if part.kind == "table":
+            entries = [Entry(name, name, tensor.dtype, part.shape)]
+        elif part.kind == "matrix":
+            entries = [*matrix_entries(name, part.shape, part.ranges, conversion.formats[name])]
+        else:
+            entries = [vector_entry(name, part.shape, part.ranges)]
+        for entry in entries:
+            yield replace(entry, origin=origin(source, name))
 
 
 # ---- writing
 
 
 def _write_all(
-    source: Checkpoint,
-    fmt: TileFormat,
+    source: WeightSource,
     files: list[File],
     partial: Partial,
     group: TensorParallelGroup,
@@ -241,14 +225,14 @@ def _write_all(
         for turn in range(0, len(files), group.size):
             with group.together(), told(partial.destination):
                 for file in files[turn + group.rank : turn + group.size : group.size]:
-                    yield from _write(source, fmt, file, partial.path)
+                    yield from _write(source, file, partial.path)
 
     total = sum(len(entry.pieces(PIECE_BYTES)) for file in files[group.rank :: group.size] for entry in file.entries)
     for _ in progress(work(), "converting", show_progress and group.is_root, total):
         pass
 
 
-def _write(source: Checkpoint, fmt: TileFormat, file: File, folder: Path) -> Iterator[None]:
+def _write(source: WeightSource, file: File, folder: Path) -> Iterator[None]:
     """Write one file to the disk, yielding after each piece.
 
     Plainly, not through a map: a disk that fills up is then an error, not a signal that kills the process.
@@ -257,6 +241,6 @@ def _write(source: Checkpoint, fmt: TileFormat, file: File, folder: Path) -> Ite
         out.write(file.header)
         for entry in file.entries:
             for piece in entry.pieces(PIECE_BYTES):
-                out.write(read_piece(source, fmt, entry, piece).data)
+                out.write(read_piece(source, entry, piece).data)
                 yield
         sync(out)

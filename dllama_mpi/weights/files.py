@@ -13,46 +13,26 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..kernels.layout import ROWS, TileFormat, ceil_div
-from .checkpoint import Checkpoint
-from .tiles import load_matrix
+from ..kernels.layout import BLOCK, ROWS, TileFormat, ceil_div
+from .checkpoint import PADDING, SCALES
+from .source import Range, Tensor, WeightSource
+from .tiles import load_matrix, load_vector
 
-Range = tuple[int, int]
-TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PIECE_BYTES = 16 << 20  # float32 rows, or bytes of another tensor, that are handled at once
 ALIGNMENT = 64  # of tiles in a file: one AVX-512 register, one cache line
 _ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a tensor: the whole's shape, and along each axis where the part begins and ends."""
-
-    shape: tuple[int, ...]
-    ranges: tuple[Range, ...]
-
-    @classmethod
-    def whole(cls, *shape: int) -> Part:
-        """Return all of a tensor."""
-        return cls(shape, tuple((0, size) for size in shape))
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The part's own shape."""
-        return tuple(stop - start for start, stop in self.ranges)
-
-    def __str__(self) -> str:
-        return " x ".join(f"{start}..{stop}" for start, stop in self.ranges)
+Ranges = tuple[Range, ...]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What is read and written at once of an entry: `rows` of a matrix of tiles, or bytes of anything else.
+    """What is read and written at once of an entry: `rows` of one expert's matrix of tiles, or bytes of anything else.
 
     Attributes:
         start: the first of its bytes in the entry. size: bytes.
     """
 
+    expert: int
     rows: Range
     start: int
     size: int
@@ -65,7 +45,9 @@ class Entry:
     Attributes:
         origin: its name in the source; "" for zeros.
         dtype, shape: as in the file.
-        part: of a matrix that becomes tiles, or of a vector; None: the bytes of the whole tensor.
+        whole, ranges: of a matrix that becomes tiles, of its row scales, or of a vector: the whole's shape and the part
+            of it; empty: the bytes of the whole tensor, as the source has them.
+        format: of a matrix's tiles, or of the matrix whose row scales these are. zeros: a vector of zeros.
         unit: pieces are of whole units of so many bytes, if not 0.
     """
 
@@ -73,7 +55,10 @@ class Entry:
     origin: str
     dtype: str
     shape: tuple[int, ...]
-    part: Part | None = None
+    whole: tuple[int, ...] = ()
+    ranges: Ranges = ()
+    format: TileFormat | None = None
+    zeros: bool = False
     unit: int = 0
 
     @property
@@ -82,22 +67,39 @@ class Entry:
         return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
     @property
+    def required_format(self) -> TileFormat:
+        """The format of a matrix's tiles or row scales."""
+        assert self.format is not None
+        return self.format
+
+    @property
     def is_tiles(self) -> bool:
         """Whether it is a matrix of tiles."""
-        return self.part is not None and len(self.part.shape) == 2
+        return self.format is not None and self.dtype == "U8"
 
     def pieces(self, limit: int) -> list[Piece]:
         """Return the pieces of about `limit` bytes, as float32 for a matrix, in order."""
-        if self.part is None or not self.is_tiles:
-            step = max(1, limit // self.unit) * self.unit if self.unit else limit
+        if not self.is_tiles:
+            step = limit
+            if self.unit:
+                step = max(1, limit // self.unit) * self.unit
+            if self.ranges:  # made as one
+                step = max(1, self.size)
             ends = [(start, min(start + step, self.size)) for start in range(0, self.size, step)]
-            return [Piece(each, each[0], each[1] - each[0]) for each in ends]
+            return [Piece(0, each, each[0], each[1] - each[0]) for each in ends]
         if not self.size:
             return []
-        (first, last), width = self.part.ranges[0], self.size // self.shape[0]
-        step = max(1, limit // (4 * self.part.sizes[1]) // ROWS) * ROWS
+        experts = range(*self.ranges[0]) if len(self.whole) == 3 else range(1)
+        (first, last), each = self.ranges[-2], self.size // len(experts)
+        width = each // self.shape[-3]
+        cols = self.ranges[-1][1] - self.ranges[-1][0]
+        step = max(1, limit // (4 * cols) // ROWS) * ROWS
         rows = [(start, min(start + step, last)) for start in range(first, last, step)]
-        return [Piece((a, b), (a - first) // ROWS * width, ceil_div(b - a, ROWS) * width) for a, b in rows]
+        return [
+            Piece(e, (a, b), i * each + (a - first) // ROWS * width, ceil_div(b - a, ROWS) * width)
+            for i, e in enumerate(experts)
+            for a, b in rows
+        ]
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def aligned(entries: Iterable[Entry]) -> Iterator[Entry]:
     end = count = 0
     for entry in sorted(entries, key=order):
         if entry.is_tiles and end % ALIGNMENT:
-            yield Entry(f"padding.{count}", "", "U8", (-end % ALIGNMENT,))
+            yield Entry(f"{PADDING}{count}", "", "U8", (-end % ALIGNMENT,))
             end += -end % ALIGNMENT
             count += 1
         yield entry
@@ -150,14 +152,42 @@ def aligned(entries: Iterable[Entry]) -> Iterator[Entry]:
         count += 1
 
 
-def read_piece(source: Checkpoint, fmt: TileFormat, entry: Entry, piece: Piece) -> np.ndarray:
+def matrix_entries(name: str, whole: tuple[int, ...], ranges: Ranges, fmt: TileFormat) -> Iterator[Entry]:
+    """Yield the tiles of a part of a matrix, or of all experts' matrices, and its row scales if it has them."""
+    *experts, rows, cols = (stop - start for start, stop in ranges)
+    shape = fmt.shape(rows, cols)
+    yield Entry(name, name, "U8", (*experts, *shape), whole, ranges, fmt)
+    if fmt.has_row_scales:
+        yield Entry(name + SCALES, name, "F32", (*experts, ROWS * shape[0]), whole, ranges, fmt)
+
+
+def vector_entry(name: str, whole: tuple[int, ...], ranges: Ranges, zeros: bool = False) -> Entry:
+    """Return a part of a vector, or of all experts' vectors, as float32."""
+    return Entry(name, name, "F32", tuple(stop - start for start, stop in ranges), whole, ranges, zeros=zeros)
+
+
+def read_piece(source: WeightSource, entry: Entry, piece: Piece) -> np.ndarray:
     """Return the bytes of one of an entry's pieces, (size,) uint8, read from the source."""
     if not entry.origin:
         return np.zeros(piece.size, np.uint8)
-    if entry.part is not None and entry.is_tiles:
-        shape, cols = (entry.part.shape[0], entry.part.shape[1]), entry.part.ranges[1]
-        return load_matrix(source, entry.origin, shape, piece.rows, cols, fmt).tiles.reshape(-1)
-    data = source[entry.origin].data
-    if entry.part is not None:
-        data = data[slice(*entry.part.ranges[0])]
-    return data.reshape(-1).view(np.uint8)[piece.start : piece.start + piece.size]
+    tensor = source[entry.origin]
+    if entry.is_tiles:
+        return load_matrix(tensor, entry.whole, _of_piece(entry, piece), entry.required_format).tiles.reshape(-1)
+    if entry.format is not None:
+        return _row_scales(tensor, entry).view(np.uint8).reshape(-1)
+    if entry.ranges:
+        values = load_vector(tensor, entry.whole, entry.ranges)
+        return (np.zeros_like(values) if entry.zeros else values).view(np.uint8).reshape(-1)
+    data = np.ascontiguousarray(tensor.data).reshape(-1).view(np.uint8)
+    return data[piece.start : piece.start + piece.size]
+
+
+def _of_piece(entry: Entry, piece: Piece) -> Ranges:
+    experts = ((piece.expert, piece.expert + 1),) if len(entry.whole) == 3 else ()
+    return (*experts, piece.rows, entry.ranges[-1])
+
+
+def _row_scales(tensor: Tensor, entry: Entry) -> np.ndarray:
+    """Return the row scales of a part of a matrix, (rows to 16s,) float32; a few columns tell them."""
+    ranges = (*entry.ranges[:-1], (0, min(BLOCK, entry.whole[-1])))
+    return load_matrix(tensor, entry.whole, ranges, entry.required_format).row_scales

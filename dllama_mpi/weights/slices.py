@@ -1,12 +1,12 @@
 """Slice files: all that one rank needs of a model, in one safetensors file.
 
 A slice holds the rank's rows or columns of every matrix as tiles, as `tiles.load_matrix` gives them, its parts of the
-vectors, and the whole embedding table as the source has it, since every rank looks up the same bits there. The last
-tensor, `checksums` (U32), has the CRC-32 of the header, then of each tensor in turn; of the table one for every 16
-rows, so that what is looked up can be checked without reading the rest.
+vectors as float32, and the whole embedding table as the source has it, since every rank looks up the same bits there.
+The last tensor, `checksums` (U32), has the CRC-32 of the header, then of each tensor in turn; of the table one for
+every 16 rows, so that what is looked up can be checked without reading the rest.
 
 The file is the same whether a rank received it, `convert --only` wrote it, or it lies in a cache. Its key is a digest
-of what it was made from (`Checkpoint.lineage`), the format, and which parts it holds.
+of what it was made from (`WeightSource.lineage`), the formats, and which parts it holds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,29 +22,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelError
-from ..kernels.layout import BLOCK, ROWS, TileFormat, ceil_div
-from .checkpoint import (
-    LAYOUT,
-    LAYOUT_KEY,
-    LINEAGE_KEY,
-    TILES_KEY,
-    Checkpoint,
-    Tensor,
-)
-from .files import (
-    HEAD,
-    TABLE,
-    Entry,
-    File,
-    Part,
-    lay_out,
-    read_piece,
-)
-from .tiles import aligned_empty
+from ..kernels.layout import TileFormat, aligned_empty, ceil_div
+from .checkpoint import LAYOUT, LAYOUT_KEY, LINEAGE_KEY, SCALES, Checkpoint, format_metadata, name_of
+from .files import Entry, File, Ranges, lay_out, matrix_entries, read_piece, vector_entry
+from .source import Tensor, WeightSource
 
 CHECKSUMS = "checksums"
 KEY, PARTS = "dllama_mpi.slice", "dllama_mpi.parts"
 MODEL, ABOUT = "dllama_mpi.model", "dllama_mpi.about"  # for people
+SLICE_LAYOUT = "2"
 TABLE_ROWS = 16  # rows of the table under one checksum
 STREAM_BYTES = 4 << 20  # what is sent or written at once: bytes, of a matrix as float32
 
@@ -54,50 +40,70 @@ class DamagedSlice(ModelError):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class SlicePart:
+    """What a slice holds of a tensor.
+
+    Attributes:
+        shape: the whole's. ranges: of the part. kind: "matrix", "vector", "zeros" (of a vector) or "table" (whole).
+    """
+
+    shape: tuple[int, ...]
+    ranges: Ranges
+    kind: str
+
+    def __str__(self) -> str:
+        return " x ".join(f"{start}..{stop}" for start, stop in self.ranges)
+
+
+Parts = Mapping[str, SlicePart]
+
+
+@dataclass(frozen=True)
+class Manifest:
     """What the root has, from which every rank can tell what its slice file is: sizes, header and key.
 
     Attributes:
-        model: its name, for people. format: of the tiles. lineage: see `Checkpoint.lineage`.
-        dtypes: of the table and the vectors in the source, and the table's shape; None if the root has no whole model.
+        model: its name, for people. formats: of the matrices. lineage: see `WeightSource.lineage`.
+        table: dtype of the embedding table in the source; "" if the root has no whole model.
     """
 
     model: str
-    format: TileFormat
+    formats: Mapping[str, TileFormat]
     lineage: str
-    dtypes: Mapping[str, str] | None
+    table: str
 
     @classmethod
-    def of(cls, source: Checkpoint, fmt: TileFormat, vectors: Mapping[str, int]) -> Recipe:
-        """Return the recipe of slices of a whole model."""
-        names = {name: origin(source, name) for name in (TABLE, *vectors)}
-        dtypes = {name: source[found].dtype for name, found in names.items()}
-        return cls(source.folder.resolve().name, fmt, source.lineage(fmt), dtypes)
+    def of(cls, source: WeightSource, formats: Mapping[str, TileFormat], parts: Parts) -> Manifest:
+        """Return the manifest of slices of a whole model; parts: those of any rank."""
+        table = next(name for name, part in parts.items() if part.kind == "table")
+        lineage = source.lineage(formats)
+        return cls(source.folder.resolve().name, formats, lineage, source[origin(source, table)].dtype)
 
-    def key(self, parts: Mapping[str, Part]) -> str:
+    def key(self, parts: Parts) -> str:
         """Return the key of a slice: 16 hexadecimal digits."""
-        said = json.dumps([LAYOUT, self.format.name, self.lineage, _plain(parts)])
+        said = json.dumps([SLICE_LAYOUT, name_of(self.formats), self.lineage, _plain(parts)])
         return hashlib.sha256(said.encode()).hexdigest()[:16]
 
-    def file(self, parts: Mapping[str, Part], about: str) -> File:
+    def file(self, parts: Parts, about: str) -> File:
         """Return what lies where in a slice file. about: which rank's it is, for people."""
-        assert self.dtypes is not None
-        shape = parts[HEAD].shape
         entries = [
-            Entry(name, name, "U8", self.format.shape(*_pair(part.sizes)), part)
+            entry
             for name, part in parts.items()
-            if len(part.shape) == 2
+            if part.kind == "matrix"
+            for entry in matrix_entries(name, part.shape, part.ranges, self.formats[name])
         ]
-        row = 2 if self.dtypes[TABLE] != "F32" else 4
-        entries.append(Entry(TABLE, TABLE, self.dtypes[TABLE], shape, unit=TABLE_ROWS * row * shape[1]))
+        for name, part in parts.items():
+            if part.kind == "table":
+                row = 2 if self.table != "F32" else 4
+                entries.append(Entry(name, name, self.table, part.shape, unit=TABLE_ROWS * row * part.shape[1]))
         entries += [
-            Entry(name, name, self.dtypes[name], part.sizes, part)
+            vector_entry(name, part.shape, part.ranges, part.kind == "zeros")
             for name, part in parts.items()
-            if len(part.shape) == 1
+            if part.kind in ("vector", "zeros")
         ]
         count = _slots(entries)[CHECKSUMS].start
         entries.append(Entry(CHECKSUMS, "", "U32", (count,), unit=4 * count))
-        metadata = {TILES_KEY: self.format.name, LAYOUT_KEY: LAYOUT, LINEAGE_KEY: self.lineage}
+        metadata = {**format_metadata(self.formats), LAYOUT_KEY: LAYOUT, LINEAGE_KEY: self.lineage}
         metadata |= {
             MODEL: self.model,
             ABOUT: about,
@@ -107,17 +113,16 @@ class Recipe:
         return lay_out("", entries, metadata)
 
 
-def origin(source: Checkpoint, name: str) -> str:
+def origin(source: WeightSource, name: str) -> str:
     """Return the name under which a source has a tensor: a tied model may have the table or the lm_head alone."""
     return name if name in source else {TABLE: HEAD, HEAD: TABLE}.get(name, name)
 
 
-def _plain(parts: Mapping[str, Part]) -> dict[str, Any]:
-    return {name: [part.shape, part.ranges] for name, part in parts.items()}
+TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
-def _pair(sizes: tuple[int, ...]) -> tuple[int, int]:
-    return sizes[0], sizes[1]
+def _plain(parts: Parts) -> dict[str, Any]:
+    return {name: [part.shape, part.ranges, part.kind] for name, part in parts.items()}
 
 
 def _slots(entries: list[Entry]) -> dict[str, range]:
@@ -149,8 +154,8 @@ class Checksums:
 class SliceReader:
     """Reads a slice file's contents from a whole model, entry by entry."""
 
-    def __init__(self, source: Checkpoint, fmt: TileFormat, file: File) -> None:
-        self._source, self._format, self.file = source, fmt, file
+    def __init__(self, source: WeightSource, file: File) -> None:
+        self._source, self.file = source, file
         self._sums = Checksums(file)
 
     def read(self, index: int) -> Iterator[tuple[Entry, int, np.ndarray]]:
@@ -165,7 +170,7 @@ class SliceReader:
             return
         found = replace(entry, origin=origin(self._source, entry.origin))
         for piece in entry.pieces(STREAM_BYTES):
-            data = read_piece(self._source, self._format, found, piece)
+            data = read_piece(self._source, found, piece)
             self._sums.add(entry, piece.start, data)
             yield entry, piece.start, data
 
@@ -178,64 +183,74 @@ class SliceTensor(Tensor):
     """A part of a tensor, which is checked when it is taken and serves as that part of the whole alone.
 
     Attributes:
-        part: what it holds. checksum: of its bytes; None: they have been checked, and are in memory of their own.
+        part: what it holds. format, row_scales: of a matrix; see `TileTensor`.
+        checksums: of its bytes and of its row scales'; None: they are in memory of their own, checked already.
         where: the file, for people.
     """
 
-    part: Part
-    checksum: int | None
-    where: str
+    part: SlicePart = field(kw_only=True)
+    format: TileFormat | None = field(default=None, kw_only=True)
+    row_scales: np.ndarray | None = field(default=None, kw_only=True)
+    checksums: tuple[int, ...] | None = field(kw_only=True)
+    where: str = field(kw_only=True)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The whole's shape, in tiles for a matrix."""
-        if not self.is_tiles:
-            return self.part.shape
-        return ceil_div(self.part.shape[0], ROWS), ceil_div(self.part.shape[1], BLOCK), self.data.shape[2]
+        """The whole's shape."""
+        return self.part.shape
 
-    def _check(self, wanted: tuple[tuple[int, int], ...], data: np.ndarray) -> None:
+    def _check(self, wanted: Ranges, *arrays: np.ndarray) -> None:
         if wanted != self.part.ranges:
+            needed = SlicePart(self.part.shape, wanted, self.part.kind)
             raise ModelError(
-                f"{self.where} holds {self.part} of {self.name}, and {Part(self.part.shape, wanted)} is needed;"
+                f"{self.where} holds {self.part} of {self.name}, and {needed} is needed;"
                 " give a slice made for this number of ranks and this --split, or the whole model"
             )
-        if self.checksum is not None and zlib.crc32(data.reshape(-1).view(np.uint8).data) != self.checksum:
-            raise DamagedSlice(f"{self.where} is damaged in {self.name}")
+        for array, checksum in zip(arrays, self.checksums or (), strict=False):
+            if zlib.crc32(array.reshape(-1).view(np.uint8).data) != checksum:
+                raise DamagedSlice(f"{self.where} is damaged in {self.name}")
 
-    def rows(self, start: int, stop: int, cols: tuple[int, int] | None = None) -> np.ndarray:
-        """Return a vector's values as float32; start and stop must be those of the part."""
-        self._check(((start, stop),), self.data)
-        return super().rows(0, stop - start)
+    def values(self, ranges: Ranges) -> np.ndarray:
+        """Return a vector's values as float32; ranges must be those of the part."""
+        self._check(ranges, self.data)
+        return super().values(tuple((0, stop - start) for start, stop in ranges))
 
-    def make_tiles(self, rows: tuple[int, int], cols: tuple[int, int], fmt: TileFormat) -> np.ndarray:
-        """Return the tiles, copied unless they are in memory of their own; rows and cols must be those of the part."""
-        if self.data.shape[2] != fmt.tile_bytes:
-            raise ModelError(f"{self.where} holds tiles of another format than {fmt.name}; give that as --weights")
-        tiles = self.data
-        if self.checksum is not None:
-            tiles = aligned_empty(self.data.shape)
-            tiles[...] = self.data
-        self._check((rows, cols), tiles)
-        return tiles
+    def make_tiles(self, ranges: Ranges, fmt: TileFormat) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tiles, copied unless they are in memory of their own; ranges must be those of the part."""
+        if self.format is not fmt:
+            raise ModelError(
+                f"{self.where} holds {self.name} in another format than {fmt.name}; leave out --weights, or give the"
+                " whole model"
+            )
+        scales = np.zeros(0, np.float32) if self.row_scales is None else self.row_scales
+        arrays = [self.data, *([] if self.row_scales is None else [self.row_scales])]
+        if self.checksums is not None:
+            copies = [aligned_empty(array.shape, array.dtype.type) for array in arrays]
+            for copy, array in zip(copies, arrays, strict=True):
+                copy[...] = array
+            arrays = copies
+        self._check(ranges, *arrays)
+        return arrays[0], arrays[1] if len(arrays) > 1 else scales
 
 
 @dataclass(frozen=True)
 class CheckedTable(Tensor):
     """An embedding table in a file, whose rows are checked by sixteens when one is first looked up."""
 
-    checksums: np.ndarray
-    where: str
-    seen: set[int] = field(default_factory=set)
+    checksums: np.ndarray = field(kw_only=True)
+    where: str = field(kw_only=True)
+    seen: set[int] = field(default_factory=set, kw_only=True)
 
-    def rows(self, start: int, stop: int, cols: tuple[int, int] | None = None) -> np.ndarray:
+    def values(self, ranges: Ranges) -> np.ndarray:
         """Return rows as float32, a copy."""
+        start, stop = ranges[0]
         for unit in range(start // TABLE_ROWS, ceil_div(stop, TABLE_ROWS)):
             if unit not in self.seen:
                 data = self.data[unit * TABLE_ROWS : (unit + 1) * TABLE_ROWS]
                 if zlib.crc32(data.reshape(-1).view(np.uint8).data) != self.checksums[unit]:
                     raise DamagedSlice(f"{self.where} is damaged in {self.name}; remove it and start again")
                 self.seen.add(unit)
-        return super().rows(start, stop, cols)
+        return super().values(ranges)
 
 
 class SliceCheckpoint(Checkpoint):
@@ -245,6 +260,8 @@ class SliceCheckpoint(Checkpoint):
         path: the file. key: see the module. model, about: of what and which rank's it is, for people.
         keep: something to be kept as long as the slice is in use.
     """
+
+    is_whole = False
 
     def __init__(self, path: Path) -> None:
         """Open a file and check its size and header; its tensors are checked when they are taken.
@@ -260,7 +277,7 @@ class SliceCheckpoint(Checkpoint):
             raise DamagedSlice(str(error)) from None
         if KEY not in self.metadata or CHECKSUMS not in self:
             raise ModelError(f"{path} is no slice of a model; write one with convert --only")
-        self._sums = super().__getitem__(CHECKSUMS).data
+        self._sums = self.raw(CHECKSUMS)[0]
         if not self._sums.size or zlib.crc32(self._header()) != self._sums[0]:
             raise DamagedSlice(f"{path} is damaged in its header")
         self.key, self.model, self.about = (self.metadata[name] for name in (KEY, MODEL, ABOUT))
@@ -271,9 +288,9 @@ class SliceCheckpoint(Checkpoint):
         """Return the entries as their checksums need them."""
         entries = []
         for name in self.names():
-            tensor = super().__getitem__(name)
-            unit = TABLE_ROWS * tensor.data[:1].nbytes if name == TABLE else 0
-            entries.append(Entry(name, name, tensor.dtype, tensor.data.shape, unit=unit))
+            data, dtype = self.raw(name)
+            unit = TABLE_ROWS * data[:1].nbytes if self.parts.get(name, _NO_PART).kind == "table" else 0
+            entries.append(Entry(name, name, dtype, data.shape, unit=unit))
         return entries[:-1]
 
     def _header(self) -> bytes:
@@ -282,40 +299,53 @@ class SliceCheckpoint(Checkpoint):
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor, which checks itself when it is read."""
-        tensor = super().__getitem__(name)
-        slots = self._slots[name]
-        sums = self._sums[slots.start : slots.stop]
-        if name not in self.parts:
-            return CheckedTable(name, tensor.dtype, tensor.data, sums, str(self.path))
-        return SliceTensor(name, tensor.dtype, tensor.data, self.parts[name], int(sums[0]), str(self.path))
+        data, dtype = self.raw(name)
+        part = self.parts.get(name, _NO_PART)
+        if part.kind == "table":
+            slots = self._slots[name]
+            sums = self._sums[slots.start : slots.stop]
+            return CheckedTable(name, dtype, data, checksums=sums, where=str(self.path))
+        fmt, scales, names = self.formats.get(name), None, [name]
+        if fmt is not None and fmt.has_row_scales:
+            scales, names = self.raw(name + SCALES)[0], [name, name + SCALES]
+        checksums = tuple(int(self._sums[self._slots[each].start]) for each in names)
+        return SliceTensor(
+            name, dtype, data, part=part, format=fmt, row_scales=scales, checksums=checksums, where=str(self.path)
+        )
 
 
-def parse_parts(text: str) -> dict[str, Part]:
+_NO_PART = SlicePart((), (), "")
+
+
+def parse_parts(text: str) -> dict[str, SlicePart]:
     """Return the parts that a slice's metadata names."""
     return {
-        name: Part(tuple(shape), tuple((start, stop) for start, stop in ranges))
-        for name, (shape, ranges) in json.loads(text).items()
+        name: SlicePart(tuple(shape), tuple((start, stop) for start, stop in ranges), kind)
+        for name, (shape, ranges, kind) in json.loads(text).items()
     }
 
 
-class SliceInMemory(Checkpoint):
-    """A slice that was received into memory: its tiles are used where they lie."""
+class SliceInMemory:
+    """A slice that was received into memory, as a `WeightSource`: its tiles are used where they lie."""
 
-    def __init__(self, file: File, recipe: Recipe) -> None:
+    is_whole = False
+
+    def __init__(self, file: File, manifest: Manifest, parts: Parts) -> None:
         """Take room for everything a slice file would hold.
 
         Raises:
             MemoryError: there is too little.
         """
-        self.folder, self.format_name = Path(recipe.model), recipe.format.name
-        self.metadata = {LINEAGE_KEY: recipe.lineage}
+        self.folder = Path(manifest.model)
+        self.formats: Mapping[str, TileFormat] = manifest.formats
+        self._lineage, self._parts = manifest.lineage, parts
         self._held = {entry.name: (entry, aligned_empty((entry.size,))) for entry in file.entries}
 
     def write(self, entry: Entry, start: int, data: np.ndarray) -> None:
         """Take bytes (n,) uint8 of an entry, from byte `start` on."""
         self._held[entry.name][1][start : start + len(data)] = data
 
-    def finish(self) -> Checkpoint:
+    def finish(self) -> WeightSource:
         """Return the slice as it is loaded from, now that it is whole."""
         return self
 
@@ -326,21 +356,33 @@ class SliceInMemory(Checkpoint):
     def __contains__(self, name: str) -> bool:
         return name in self._held
 
-    def names(self) -> list[str]:
-        """Return the names of all tensors."""
-        return list(self._held)
+    def _array(self, name: str) -> np.ndarray:
+        entry, data = self._held[name]
+        kind = {"F32": np.float32, "U8": np.uint8, "U32": np.uint32}.get(entry.dtype, np.uint16)
+        values: np.ndarray = data.view(kind).reshape(entry.shape)
+        return values
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a tensor."""
-        entry, data = self._held[name]
-        kind = {"F32": np.float32, "U8": np.uint8, "U32": np.uint32}.get(entry.dtype, np.uint16)
-        values = data.view(kind).reshape(entry.shape)
-        if entry.part is None:
-            return Tensor(name, entry.dtype, values)
-        return SliceTensor(name, entry.dtype, values, entry.part, None, "the received slice")
+        entry, part = self._held[name][0], self._parts.get(name, _NO_PART)
+        if not entry.ranges:
+            return Tensor(name, entry.dtype, self._array(name))
+        scales = self._array(name + SCALES) if name + SCALES in self._held else None
+        return SliceTensor(
+            name, entry.dtype, self._array(name), part=part, format=entry.format, row_scales=scales, checksums=None,
+            where="the received slice",
+        )  # fmt: skip
 
-    def release(self, name: str) -> None:
-        """Keep the tensor, which lies in memory of its own."""
+    def unknown(self, names: Iterable[str]) -> list[str]:
+        """Return nothing: it was made from the table."""
+        return []
+
+    def lineage(self, formats: Mapping[str, TileFormat]) -> str:
+        """Return what the matrices have been made from."""
+        return self._lineage
+
+    def let_go(self) -> None:
+        """Do nothing: nothing was read from a file."""
 
 
 def slices_in(folder: Path) -> list[SliceCheckpoint]:

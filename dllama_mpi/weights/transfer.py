@@ -8,13 +8,12 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import ClusterError
-from ..kernels.layout import TileFormat
 from ..log import progress_bytes
 from ..parallel.group import TensorParallelGroup
 from ..parallel.stream import Inbox, Outbox
-from .checkpoint import Checkpoint
 from .files import Entry, File
 from .slices import CHECKSUMS, STREAM_BYTES, Checksums, SliceReader
+from .source import WeightSource
 
 
 class Sink(Protocol):
@@ -23,7 +22,7 @@ class Sink(Protocol):
     def write(self, entry: Entry, start: int, data: np.ndarray) -> None:
         """Take the next bytes (n,) uint8 of an entry."""
 
-    def finish(self) -> Checkpoint:
+    def finish(self) -> WeightSource:
         """Return the slice as it is loaded from, now that it is whole."""
 
     def discard(self) -> None:
@@ -31,7 +30,7 @@ class Sink(Protocol):
 
 
 def send_slices(
-    source: Checkpoint, fmt: TileFormat, files: Mapping[int, File], group: TensorParallelGroup, show_progress: bool
+    source: WeightSource, files: Mapping[int, File], group: TensorParallelGroup, show_progress: bool
 ) -> bool:
     """Send each rank in `files` its slice; return whether all of them took it. Root only.
 
@@ -40,7 +39,7 @@ def send_slices(
     Raises:
         ModelError: the source cannot be read; the receivers are told.
     """
-    readers = {rank: SliceReader(source, fmt, file) for rank, file in files.items()}
+    readers = {rank: SliceReader(source, file) for rank, file in files.items()}
     outbox, done = Outbox(group, files), False
 
     def work() -> Iterator[int]:
@@ -65,7 +64,7 @@ def send_slices(
     return done
 
 
-def receive_slice(file: File, sink: Sink, group: TensorParallelGroup) -> Checkpoint | None:
+def receive_slice(file: File, sink: Sink, group: TensorParallelGroup) -> WeightSource | None:
     """Take this rank's slice from the root; None if the root could not send all of it. Not on the root.
 
     Raises:

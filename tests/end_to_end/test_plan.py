@@ -7,19 +7,22 @@ import json
 import pytest
 
 from tests.mpi.launch import mpiexec
+from tests.mpi.pool import pool
+from tests.tiers import slow
 
 PLAN = ["-m", "dllama_mpi", "plan", "--nthreads", "1", "--prefill-chunk", "32", "-p", "64", "-n", "8"]
 KEYS = {
     "model", "n_params", "weights", "kv_type", "buffer_float_type", "prefill_chunk", "split", "n_prompt", "n_gen",
-    "n_depth", "source", "hosts", "links", "ranks", "counts", "best_ranks", "advice",
+    "n_depth", "source", "hosts", "links", "ranks", "counts", "best_ranks", "advice", "bits_per_weight",
+    "bytes_per_token",
 }  # fmt: skip
 COST = {"tokens_per_second", "ms", "weights_ms", "attention_ms", "synchronisation_ms", "overhead_ms"}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, slow(3)])
 def test_json(ranks: int) -> None:
-    model = ["--random", "tiny"] if ranks == 2 else []
-    done = mpiexec(ranks, [*PLAN, *model, "-o", "json"], timeout=240)
+    model = ["--random", {1: "tiny-sparse", 2: "tiny", 3: "tiny-state"}[ranks]]
+    done = pool(ranks).run([*PLAN, *model, "-o", "json"])
     report = json.loads(done.stdout)
     assert set(report) == KEYS
     assert report["source"] == "measured"
@@ -49,7 +52,7 @@ def test_json(ranks: int) -> None:
 
 def test_text_with_other_options() -> None:
     options = ["--weights", "q80", "--kv-type", "q80", "--buffer-float-type", "q80", "--split", "auto"]
-    out = mpiexec(2, [*PLAN, "--random", "tiny", *options], timeout=240).stdout
+    out = pool(2).run([*PLAN, "--random", "tiny", *options]).stdout
     assert out.startswith("random:tiny, ")
     assert "in q80, KV cache in q80, messages in q80" in out
     assert "best for prefill" in out
@@ -59,6 +62,8 @@ def test_text_with_other_options() -> None:
     ("options", "told"),
     [
         (["--random", "llama9"], "llama9"),
+        (["--random", "tiny:5"], "tiny has 4 layers"),
+        (["--weights", "q40,lm_tail=q80"], "no matrix is called 'lm_tail'"),
         (["--random", "tiny", "--model", "elsewhere"], "give one of them"),
         (["--model", "/nowhere"], "no such model directory"),
         (["--split", "1,2,3"], "has 3 shares; the job has 2 ranks"),
@@ -66,7 +71,7 @@ def test_text_with_other_options() -> None:
     ],
 )
 def test_mistakes_are_one_line(options: list[str], told: str) -> None:
-    done = mpiexec(2, [*PLAN, *options], check=False)
+    done = pool(2).run([*PLAN, *options], check=False)
     assert done.returncode == 2
     assert done.stdout == ""
     line = done.stderr.splitlines()[0]
@@ -75,18 +80,19 @@ def test_mistakes_are_one_line(options: list[str], told: str) -> None:
     assert done.stderr.count("error: ") == 1
 
 
+@pytest.mark.slow
 def test_more_ranks_than_heads_are_refused() -> None:
     done = mpiexec(9, [*PLAN, "--random", "tiny"], check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[0] == "error: num_attention_heads is 8; 9 ranks asked for; use at most 8"
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, slow(3)])
 def test_auto_split_says_what_it_chose_and_writes_the_same_text(ranks: int) -> None:
     common = ["-m", "dllama_mpi", "--prompt", "This module provides", "--steps", "24", "--temperature", "0"]
     common += ["--nthreads", "1", "--weights", "f32", "--buffer-float-type", "f32"]
-    even = mpiexec(ranks, common)
-    auto = mpiexec(ranks, [*common, "--split", "auto"])
+    even = pool(ranks).run(common)
+    auto = pool(ranks).run([*common, "--split", "auto"])
     assert auto.stdout == even.stdout
     assert len(even.stdout) > 40
     (line,) = [line for line in auto.stderr.splitlines() if line.startswith("split auto: ")]
@@ -97,5 +103,5 @@ def test_auto_split_says_what_it_chose_and_writes_the_same_text(ranks: int) -> N
 
 
 def test_one_rank_has_nothing_to_share_out() -> None:
-    done = mpiexec(1, ["-m", "dllama_mpi", "--prompt", "This", "--steps", "2", "--split", "auto"])
+    done = pool(1).run(["-m", "dllama_mpi", "--prompt", "This", "--steps", "2", "--split", "auto"])
     assert "split auto" not in done.stderr

@@ -1,19 +1,33 @@
-"""Run by mpiexec: every all-reduce algorithm x payload x size against numpy; rank 0 prints a JSON object a case."""
+"""Run by mpiexec: every all-reduce algorithm x payload x size against numpy; rank 0 prints a JSON object a case.
+
+Sums one by one, and three of different sizes after another, as in a layer: with and without another thread.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import time
 from typing import Any
 
 import numpy as np
 from mpi4py import MPI
 
 from dllama_mpi.errors import UsageError
-from dllama_mpi.parallel.collective.all_reduce import SYNCS, AllReduce
-from dllama_mpi.parallel.collective.payload import PAYLOADS
+from dllama_mpi.parallel.collective.all_reduce import AllReduce
+from dllama_mpi.parallel.collective.calls import can_use_threads
+from dllama_mpi.parallel.collective.exchange import Ahead, finish_exchange, start_exchange
+from dllama_mpi.parallel.collective.overlap import Overlap
+from dllama_mpi.parallel.collective.payload import sum_blocks
+from dllama_mpi.parallel.collective.table import PAYLOADS, SYNCS
 from tests import naive
 
 ROWS, WIDTH = 70, 96
+EXACT_SIZES = (2, 33, ROWS * 32)  # sent as float32
+PARTS = ((0, 40), (40, ROWS))  # rows
+LAYER = ((90, False), (30, True), (2, False))  # blocks, whether exact
+FACTORS = (1, -2, 3, -1)  # of the values, exchange by exchange
 SIZES = (1, 31, 32, 33, 96, 1000, 96 * 69 + 5, ROWS * WIDTH)
 
 
@@ -26,31 +40,67 @@ def terms(size: int, ranks: int) -> list[np.ndarray]:
     return list(values)
 
 
-def expected(values: list[np.ndarray], way: str, payload: str, homes: list[str]) -> np.ndarray:
+def expected(values: list[np.ndarray], algorithm: str, payload: str, homes: list[str]) -> np.ndarray:
     """Return the sum as the algorithm rounds it."""
     size = values[0].size
     blocks = [np.append(v, np.zeros(-size % 32, np.float32)).reshape(-1, 32) for v in values]
-    return naive.all_reduce(blocks, way, payload, homes).ravel()[:size]
+    return naive.all_reduce(blocks, algorithm, payload, homes).ravel()[:size]
 
 
-def check(reduce: AllReduce, way: str, payload: str, homes: list[str], comm: Any) -> dict[str, Any]:
+def check(reduce: AllReduce, algorithm: str, payload: str, homes: list[str], comm: Any) -> dict[str, Any]:
     """Return whether all ranks have the same bits, and the right ones, for every size."""
     wrong = []
-    for size in SIZES:
+    for size, exact in [(size, False) for size in SIZES] + [(size, True) for size in EXACT_SIZES]:
+        sent = "f32" if exact else payload
         values = terms(size, comm.size)
         for _ in range(3):  # buffers are used again
             got = values[comm.rank].copy()
-            reduce(got)
+            reduce(got, exact)
             everywhere = comm.allgather(got.tobytes())
             if len(set(everywhere)) > 1:
-                wrong.append(f"{size}: ranks differ")
-        if way == "mpi":
-            good = np.allclose(got, np.sum(values, axis=0), rtol=1e-5, atol=1e-3)
-        else:
-            good = bool((got == expected(values, way, payload, homes)).all())
-        if not good:
-            wrong.append(f"{size}: wrong sum")
-    return {"way": way, "payload": payload, "homes": homes, "wrong": comm.allgather(wrong)}
+                wrong.append(f"{size} as {sent}: ranks differ")
+        if not is_right(got, expected(values, algorithm, sent, homes), algorithm):
+            wrong.append(f"{size} as {sent}: wrong sum")
+    wrong += check_layers(reduce, algorithm, payload, homes, comm)
+    return {"algorithm": algorithm, "payload": payload, "homes": homes, "wrong": comm.allgather(wrong)}
+
+
+def is_right(got: np.ndarray, good: np.ndarray, algorithm: str) -> bool:
+    """Return whether a sum is what it should be: to the bit, but for the library's."""
+    return np.allclose(got, good, rtol=1e-5, atol=1e-3) if algorithm == "mpi" else bool((got == good).all())
+
+
+def check_layers(reduce: AllReduce, algorithm: str, payload: str, homes: list[str], comm: Any) -> list[str]:
+    """Return what is wrong in exchanges that only their own waiting keeps in order, in two parts and both halves."""
+    terms_of = {blocks: terms(32 * blocks, comm.size) for blocks, _ in LAYER}
+    good = {
+        (b, factor): expected([v * factor for v in terms_of[b]], algorithm, "f32" if exact else payload, homes)
+        for (b, exact), factor in itertools.product(LAYER, FACTORS)
+    }
+    transport, wrong, everything = reduce.transport, [], []
+    overlaps = algorithm not in ("mpi", "shared") and transport.setting.is_compiled and can_use_threads()
+    for overlap in [None, Overlap(transport.link, transport.buffers.links[1], 20)] if overlaps else [None]:
+        sources = np.zeros((len(PARTS), 4), np.int64)
+        with overlap.working() if overlap else contextlib.nullcontext():
+            for step in range(3 * len(LAYER) + 1):
+                for part, (first, last) in enumerate(PARTS):
+                    source = sources[part]
+                    finish_exchange(reduce.link, source)
+                    if step > 0:
+                        time.sleep(0.002 * ((step + comm.rank) % 4 == 0))  # others are ahead by then
+                        blocks = LAYER[(step - 1) % len(LAYER)][0]
+                        total = np.empty(32 * blocks, np.float32)
+                        sum_blocks(total.ctypes.data, source[0], source[1], source[2], blocks, source[3])
+                        everything.append(total)
+                        if not is_right(total, good[blocks, FACTORS[(step - 1) % len(FACTORS)]], algorithm):
+                            wrong.append(f"exchange {step}, part {part}: wrong sum, {overlap}")
+                    blocks, exact = LAYER[step % len(LAYER)]
+                    x = reduce.values[step % 2, first:last].reshape(-1)[: 32 * blocks]
+                    x[:] = terms_of[blocks][comm.rank] * FACTORS[step % len(FACTORS)]
+                    start_exchange(reduce.link, x.ctypes.data, blocks, part, exact, source, Ahead(x.ctypes.data, 4096))
+    if len(set(comm.allgather(np.concatenate(everything).tobytes()))) > 1:
+        wrong.append("in layers: ranks differ")
+    return wrong
 
 
 def main() -> None:
@@ -60,13 +110,13 @@ def main() -> None:
     crossed = [f"h{rank % 2}" for rank in range(comm.size)]
     for homes in {tuple(h): h for h in (together, apart, mixed, crossed)}.values():
         for payload in PAYLOADS:
-            for way in SYNCS[1:]:
+            for algorithm in SYNCS[1:]:
                 try:
-                    reduce = AllReduce(comm, homes, ROWS, WIDTH, payload, way)
+                    reduce = AllReduce(comm, homes, ROWS, WIDTH, payload, algorithm)
                 except UsageError as error:
-                    found = {"way": way, "payload": payload, "homes": homes, "refused": str(error)}
+                    found = {"algorithm": algorithm, "payload": payload, "homes": homes, "refused": str(error)}
                 else:
-                    found = check(reduce, way, payload, homes, comm)
+                    found = check(reduce, algorithm, payload, homes, comm)
                 if comm.rank == 0:
                     print(json.dumps(found), flush=True)
 

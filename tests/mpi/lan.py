@@ -1,6 +1,7 @@
 """A small Ethernet on one machine: hosts that are network namespaces, joined by a bridge, each with a name of its own.
 
-Needs root, Linux and iproute2. MPI between the hosts crosses TCP; shared memory between them is switched off.
+Needs root, Linux and iproute2. MPI between the hosts crosses TCP; shared memory between them is switched off. What runs
+that were killed have left is removed, at the latest when the next network is made.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.mpi.launch import launcher, run
+from tests.mpi import guard
+from tests.mpi.launch import Done, launcher, launcher_version, run
 
 
 def _ip(*args: str) -> None:
@@ -43,7 +45,7 @@ class Lan:
         """Set a host's link "up" or "down"."""
         _ip("-n", f"{self.name}{host}", "link", "set", f"e{host}", state)
 
-    def mpiexec(self, ranks: int, args: list[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def mpiexec(self, ranks: int, args: list[str], timeout: float = 300) -> Done:
         """Run `python args` on this many ranks, one a host in turn, started on host 0."""
         hosts = ",".join(self.address(host) for host in range(self.size))
         inside = ["ip", "netns", "exec", f"{self.name}0", "unshare", "--uts", "sh", "-c", 'hostname h0; exec "$@"', "-"]
@@ -55,12 +57,12 @@ class Lan:
 @contextlib.contextmanager
 def lan(size: int, folder: Path) -> Iterator[Lan]:
     """Make a network of so many hosts, and remove it in the end; skip the test where that cannot be had."""
-    about = subprocess.run([launcher(), "--version"], capture_output=True, text=True, check=False).stdout
-    if "HYDRA" not in about:
+    if "HYDRA" not in launcher_version():
         pytest.skip("the hosts are started by MPICH's mpiexec")
     if not sys.platform.startswith("linux") or os.getuid() != 0 or not shutil.which("ip"):
         pytest.skip("network namespaces need Linux, root and iproute2")
-    name = f"dl{os.getpid()}-"
+    guard.remove_networks()
+    name = f"{guard.NETWORK}{os.getpid()}-"
     made = Lan(name, size, folder / "launch")
     made.wrapper.write_text(_WRAPPER.format(name=name))
     made.wrapper.chmod(0o755)

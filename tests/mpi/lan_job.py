@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 from dllama_mpi import LLM, SamplingParams
 
 
 def main() -> None:
-    options = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    options: dict[str, Any] = dict(argument.split("=", 1) for argument in sys.argv[1:])
     llm = LLM("demo", nthreads=1, max_seq_len=256, **options)
     params = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
     llm.generate("This module provides", params)
@@ -28,7 +29,7 @@ def main() -> None:
                 {
                     "text": result.text,
                     "hosts": llm.group.hosts,
-                    "ways": [choice.way for choice in llm.group.choices],
+                    "algorithms": [choice.algorithm for choice in llm.group.choices],
                     "layers": llm.config.num_layers,
                     "hidden": llm.config.hidden_size,
                     "sent_per_token": [(b - a) / 32 for a, b in zip(sent[8], sent[40], strict=True)],

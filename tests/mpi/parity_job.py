@@ -1,6 +1,6 @@
-"""Run by mpiexec: compare every tiny model with its reference; rank 0 prints a JSON object a case.
+"""Run by every rank: compare tiny models with their references; rank 0 prints a JSON object a case.
 
-usage: parity_job.py FOLDER [CASE...], a folder with the models, written by tests.tiny_models
+usage: parity_job.py FOLDER CASE..., a folder with the models, written by tests.tiny_models
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from dllama_mpi import LLM, SamplingParams
-from tests.tiny_models import CASES, Case, load_reference
+from tests.all_cases import ALL_CASES
+from tests.tiny_models import Case, load_reference
 
 
 def compare(case: Case, folder: Path) -> dict[str, Any]:
@@ -22,7 +23,13 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
     tokens, prompt = reference.tokens.tolist(), reference.greedy_prompt.tolist()
     params = SamplingParams(temperature=0, max_tokens=len(reference.greedy), ignore_eos=True)
     result: dict[str, Any] = {"case": case.name, "errors": {}, "greedy": {}}
-    options = {"weights": "f32", "buffer_float_type": "f32", "nthreads": 1, "max_seq_len": 128, "max_batch": 3}
+    options: dict[str, Any] = {
+        "weights": "f32",
+        "buffer_float_type": "f32",
+        "nthreads": 1,
+        "max_seq_len": 128,
+        "max_batch": 3,
+    }
     for name, chunk in (("whole", 64), ("chunks", 7)):
         llm = LLM(folder, prefill_chunk=chunk, **options)
         logits, alone = llm.logits(tokens), llm.generate(prompt, params)
@@ -45,9 +52,8 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    chosen = sys.argv[2:] or list(CASES)
-    for name, case in ((name, case) for name, case in CASES.items() if name in chosen):
-        result = compare(case, Path(sys.argv[1]) / name)
+    for name in sys.argv[2:]:
+        result = compare(ALL_CASES[name], Path(sys.argv[1]) / name)
         if result.pop("root"):
             print(json.dumps(result), flush=True)
 

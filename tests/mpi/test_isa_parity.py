@@ -12,6 +12,7 @@ import pytest
 from tests.mpi.launch import ROOT, run
 from tests.tiny_models import CASES, write_model
 
+pytestmark = pytest.mark.slow  # kernels are compiled anew
 CHOSEN = ("llama31", "qwen3", "llama_heads6")
 
 
@@ -26,9 +27,9 @@ def test_parity_on_another_instruction_set(isa: str, tmp_path: Path) -> None:
     for name in CHOSEN:
         write_model(CASES[name], tmp_path / name)
     job = [sys.executable, str(ROOT / "tests/mpi/parity_job.py"), str(tmp_path), *CHOSEN]
-    done = run(job, 300, {"DLLAMA_MPI_ISA": isa, "PYTHONPATH": str(ROOT)})
+    done = run(job, 600, {"DLLAMA_MPI_ISA": isa})
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [result["case"] for result in results] == [n for n in CASES if n in CHOSEN], done.stderr
+    assert [result["case"] for result in results] == list(CHOSEN), done.stderr
     for result in results:
         assert max(result["errors"].values()) < 1e-4
         assert all(tokens == result["expected"] for tokens in result["greedy"].values())

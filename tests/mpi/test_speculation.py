@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.mpi.launch import mpiexec
+from tests.mpi.pool import pool
+from tests.tiers import slow
 
 REPEATS = "   If the string is not found, the string is returned.\n\n" * 6
 # What is sent as float32 adds up alike however many tokens a message holds, at any rank count.
@@ -24,10 +25,12 @@ def prompt(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def report(ranks: int, prompt: Path, *options: str) -> dict[str, Any]:
     """Return what a run prints as JSON."""
-    return json.loads(mpiexec(ranks, [*COMMON, "--prompt-file", str(prompt), "--json", *options]).stdout)
+    done = pool(ranks).run([*COMMON, "--prompt-file", str(prompt), "--json", *options])
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [slow(1), 2, slow(3)])
 def test_greedy_text_in_fewer_steps(ranks: int, prompt: Path) -> None:
     plain = report(ranks, prompt, "--temperature", "0")
     drafted = report(ranks, prompt, "--temperature", "0", "--speculate", "lookup")
@@ -50,9 +53,11 @@ def test_sampled_text_is_the_same_for_the_same_seed(temperature: str, prompt: Pa
 
 
 def test_figures_and_the_default(prompt: Path) -> None:
-    done = mpiexec(2, [*COMMON, "--prompt-file", str(prompt), "--temperature", "0", "--stats", "--speculate", "lookup"])
+    done = pool(2).run(
+        [*COMMON, "--prompt-file", str(prompt), "--temperature", "0", "--stats", "--speculate", "lookup"]
+    )
     assert "tokens a decode step" in done.stderr
-    silent = mpiexec(2, [*COMMON, "--prompt-file", str(prompt), "--temperature", "0", "--stats"])
+    silent = pool(2).run([*COMMON, "--prompt-file", str(prompt), "--temperature", "0", "--stats"])
     assert silent.stdout == done.stdout
     assert "drafted" not in silent.stderr
 
@@ -60,7 +65,7 @@ def test_figures_and_the_default(prompt: Path) -> None:
 def test_an_answer_in_chat() -> None:
     args = ["-m", "dllama_mpi", "chat", "--temperature", "0", "--steps", "60", "--ignore-eos", "--nthreads", "1"]
     lines = "What is a list?\nWhat is a list?\n/stats\n/quit\n"
-    plain = mpiexec(2, args, stdin=lines)
-    drafted = mpiexec(2, [*args, "--speculate", "lookup"], stdin=lines)
+    plain = pool(2).run(args, stdin=lines)
+    drafted = pool(2).run([*args, "--speculate", "lookup"], stdin=lines)
     assert drafted.stdout == plain.stdout
     assert "drafted" in drafted.stderr

@@ -246,6 +246,74 @@ def test_strftime_now() -> None:
     }
 
 
+# Written like the templates of Gemma 3 (content as text or as parts, an assistant called model, the system message
+# before the first user's), ERNIE 4.5 (names that may be undefined) and Phi-4-mini.
+GEMMA = """{{ bos_token }}
+{%- set system = messages[0]['content'] ~ '\\n\\n' if messages[0]['role'] == 'system' else '' -%}
+{%- for message in (messages[1:] if system else messages) -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception('roles must alternate') }}
+    {%- endif -%}
+    {{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' }}
+    {{- system if loop.first else '' }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- elif message['content'] is iterable -%}
+        {%- for item in message['content'] if item['type'] == 'text' -%}
+            {{ item['text'] | trim }}
+        {%- endfor -%}
+    {%- endif -%}
+    {{ '<end_of_turn>\\n' }}
+{%- endfor -%}
+{{ '<start_of_turn>model\\n' if add_generation_prompt }}"""
+ERNIE = """{%- if not cls_token is defined -%}{%- set cls_token = "<|begin_of_sentence|>" -%}{%- endif -%}
+{%- if not sep_token is defined -%}{%- set sep_token = "<|end_of_sentence|>" -%}{%- endif -%}
+{{- cls_token -}}
+{%- for message in messages -%}
+    {%- if message["role"] == "user" -%}
+        {{- "User: " + message["content"] + "\\n" -}}
+    {%- elif message["role"] == "assistant" -%}
+        {{- "Assistant: " + message["content"] + sep_token -}}
+    {%- elif message["role"] == "system" -%}
+        {{- message["content"] + "\\n" -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "Assistant: " -}}{%- endif -%}"""
+PHI = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (
+            GEMMA,
+            "<bos><start_of_turn>user\nBe brief.\n\nHi!<end_of_turn>\n<start_of_turn>model\nHello.<end_of_turn>\n"
+            "<start_of_turn>user\nWho are you?<end_of_turn>\n<start_of_turn>model\n",
+        ),
+        (
+            ERNIE,
+            "<|begin_of_sentence|>Be brief.\nUser: Hi!\nAssistant: Hello.<|end_of_sentence|>User: Who are you?\n"
+            "Assistant: ",
+        ),
+        (
+            PHI,
+            "<|system|>Be brief.<|end|><|user|>Hi!<|end|><|assistant|>Hello.<|end|><|user|>Who are you?<|end|>"
+            "<|assistant|>",
+        ),
+    ],
+    ids=["gemma", "ernie", "phi"],
+)
+def test_what_templates_of_families_need(source: str, expected: str) -> None:
+    made = template(source, bos_token="<bos>", eos_token="<eos>")
+    assert made.render(CHAT) == expected
+    parts: list[dict[str, Any]] = [CHAT[0], {"role": "user", "content": [{"type": "text", "text": "Hi!"}]}, *CHAT[2:]]
+    if source is GEMMA:
+        assert made.render(parts) == expected
+
+
 def test_generation_tag_is_tolerated() -> None:
     source = "{% for m in messages %}{% generation %}{{ m.role }} {% endgeneration %}{% endfor %}"
     assert template(source).render(CHAT[:2]) == "system user "

@@ -1,70 +1,34 @@
-"""Reading safetensors directories, and cutting and quantising matrices while they are read."""
+"""Reading safetensors directories: files, their headers, and the tensors in them."""
 
 from __future__ import annotations
 
-import json
-import tracemalloc
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from dllama_mpi.errors import ModelError
-from dllama_mpi.kernels.layout import FORMATS
-from dllama_mpi.weights import tiles as tiles_module
-from dllama_mpi.weights.checkpoint import LAYOUT, LAYOUT_KEY, TILES_KEY, Checkpoint, as_float32
-from dllama_mpi.weights.tiles import TileMatrix, load_matrix, load_vector
+from dllama_mpi.startup.opening import open_model
+from dllama_mpi.weights.checkpoint import LAYOUT, LAYOUT_KEY, TILES_KEY, Checkpoint
+from dllama_mpi.weights.source import Range, Tensor, as_float32
 from tests import naive
 from tests.naive import Floats
-from tests.tiny_models import CASES, from_bfloat16, tensors, to_bfloat16, write_model
-
-DTYPES = ("F32", "F16", "BF16")
-every_dtype = pytest.mark.parametrize("dtype", DTYPES)
-every_format = pytest.mark.parametrize("fmt", FORMATS)
-SHAPE = (51, 96)
-
-
-def write(path: Path, values: Mapping[str, tuple[str, np.ndarray]], offset: int = 8, **metadata: str) -> Path:
-    """Write tensors, each with safetensors' name of its type, and return the file's folder.
-
-    offset: where the data begin, modulo 32.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    start = 0
-    for name, (dtype, data) in values.items():
-        header[name] = {"dtype": dtype, "shape": list(data.shape), "data_offsets": [start, start + data.nbytes]}
-        start += data.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * ((offset - 8 - len(text)) % 32)
-    content = len(text).to_bytes(8, "little") + text + b"".join(data.tobytes() for _, data in values.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return path.parent
+from tests.tiny_models import CASES, from_bfloat16, tensors, write_model
+from tests.unit.small_files import (
+    every_dtype,
+    load,
+    random,
+    read_back,
+    stored,
+    write,
+)
 
 
-def random(seed: int, *shape: int) -> Floats:
-    """Return normal float32 values."""
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def stored(values: Floats, dtype: str) -> tuple[str, np.ndarray]:
-    """Return values as a type of safetensors, ready for `write`."""
-    return dtype, {"F32": values, "F16": naive.half(values).view(np.uint16), "BF16": to_bfloat16(values)}[dtype]
-
-
-def read_back(values: Floats, dtype: str) -> Floats:
-    """Return float32 values as they come back from a type of safetensors."""
-    if dtype == "BF16":
-        return from_bfloat16(to_bfloat16(values))
-    return naive.half(values).astype(np.float32) if dtype == "F16" else values
-
-
-def tile_folder(folder: Path, matrix: Floats, fmt: str) -> Checkpoint:
-    """Return a checkpoint with one matrix "w" converted to tiles."""
-    entry = ("U8", naive.pack(matrix, fmt))
-    return Checkpoint(write(folder / "model.safetensors", {"w": entry}, 32, **{TILES_KEY: fmt, LAYOUT_KEY: LAYOUT}))
+def filled(tensor: Tensor, rows: Range, cols: Range) -> Floats:
+    """Return rows and columns of a matrix as they are read to be quantised."""
+    out = np.full((rows[1] - rows[0], cols[1] - cols[0]), 7, np.float32)
+    assert tensor.fill(0, rows, cols, out) == 0
+    return out
 
 
 def failure(folder: Path) -> str:
@@ -77,38 +41,38 @@ def failure(folder: Path) -> str:
     return text
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Files
-# --------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["llama2", "llama_f16", "llama3_gqa", "qwen3_bf16"])
 def test_every_tensor_is_found_and_exact(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     checkpoint = Checkpoint(write_model(case, tmp_path))
-    assert checkpoint.format_name is None
+    assert not checkpoint.formats
+    assert not checkpoint.is_converted
     ref = dict(tensors(case))
     assert sorted(checkpoint.names()) == sorted(ref)
     for key, values in ref.items():
         tensor = checkpoint[key]
         assert key in checkpoint
-        assert (tensor.name, tensor.dtype, tensor.is_tiles) == (key, case.dtype, False)
+        assert (tensor.name, tensor.dtype, type(tensor), tensor.shape) == (key, case.dtype, Tensor, values.shape)
         exact = from_bfloat16(values) if case.dtype == "BF16" else values.astype(np.float32)
         got = as_float32(tensor.data, tensor.dtype)
         assert got.dtype == np.float32
         np.testing.assert_array_equal(got, exact)
-        np.testing.assert_array_equal(tensor.rows(1, 5), exact[1:5])
-        if exact.ndim == 2:
-            np.testing.assert_array_equal(tensor.rows(2, 9, (3, 40)), exact[2:9, 3:40])
+        if exact.ndim == 1:
+            np.testing.assert_array_equal(tensor.values(((1, 5),)), exact[1:5])
+        else:
+            np.testing.assert_array_equal(tensor.values(((1, 5), (0, exact.shape[1]))), exact[1:5])
+            np.testing.assert_array_equal(tensor.values(((2, 9), (3, 40))), exact[2:9, 3:40])
+            np.testing.assert_array_equal(filled(tensor, (2, 9), (3, 40)), exact[2:9, 3:40])
 
 
 def test_a_tensor_that_is_written_to_leaves_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     checkpoint = Checkpoint(write(path, {"v": stored(random(1, 8), "F32")}))
     before = path.read_bytes()
-    checkpoint["v"].rows(0, 8)[:] = 7
-    assert path.read_bytes() == before
+    checkpoint["v"].values(((0, 8),))[:] = 7
     np.testing.assert_array_equal(checkpoint["v"].data, random(1, 8))
+    checkpoint["v"].data[:] = 7
+    assert path.read_bytes() == before
 
 
 @every_dtype
@@ -116,9 +80,9 @@ def test_a_tensor_that_is_written_to_leaves_the_file_alone(tmp_path: Path) -> No
 def test_data_may_lie_at_any_address(dtype: str, offset: int, tmp_path: Path) -> None:
     values = random(2, 40, 64)
     source = Checkpoint(write(tmp_path / "model.safetensors", {"w": stored(values, dtype)}, offset))
-    np.testing.assert_array_equal(source["w"].rows(3, 9), read_back(values, dtype)[3:9])
-    got = load_matrix(source, "w", (40, 64), (3, 40), (32, 64), FORMATS["q80"])
-    np.testing.assert_array_equal(got.tiles, naive.pack(read_back(values, dtype)[3:, 32:], "q80"))
+    np.testing.assert_array_equal(source["w"].values(((3, 9), (0, 64))), read_back(values, dtype)[3:9])
+    got = load(source, (40, 64), (3, 40), (32, 64), "q80")
+    np.testing.assert_array_equal(got.tiles[0], naive.pack(read_back(values, dtype)[3:, 32:], "q80"))
 
 
 def test_a_missing_tensor(tmp_path: Path) -> None:
@@ -248,151 +212,41 @@ def test_tiles_of_another_layout(tmp_path: Path) -> None:
     assert f"converted with layout 0, this is {LAYOUT}; convert again" in failure(tmp_path)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Matrices and vectors
-# --------------------------------------------------------------------------------------------------------------------
-
-ROWS = ((0, 51), (0, 16), (16, 48), (5, 6), (5, 40), (48, 51), (17, 51), (16, 16), (0, 0))
-COLS = ((0, 96), (0, 32), (32, 96), (64, 64))
-
-
-def assert_is(got: TileMatrix, ref: Floats, fmt: str) -> None:
-    """Check that a matrix has the tiles and values of float32 `ref` in a format."""
-    assert (got.rows, got.cols, got.format) == (*ref.shape, FORMATS[fmt])
-    if ref.size:
-        np.testing.assert_array_equal(got.tiles, naive.pack(ref, fmt))
-        np.testing.assert_array_equal(got.to_float32(), naive.as_stored(ref, fmt))
-    else:
-        assert got.tiles.shape == FORMATS[fmt].shape(*ref.shape)
-
-
-@every_dtype
-@every_format
-def test_slices_of_published_matrices(dtype: str, fmt: str, tmp_path: Path) -> None:
-    values = random(3, *SHAPE)
-    source = Checkpoint(write(tmp_path / "model.safetensors", {"w": stored(values, dtype)}))
-    whole = read_back(values, dtype)
-    for rows in ROWS:
-        for cols in COLS:
-            got = load_matrix(source, "w", SHAPE, rows, cols, FORMATS[fmt])
-            assert_is(got, whole[rows[0] : rows[1], cols[0] : cols[1]], fmt)
-            assert not got.tiles.size or got.tiles.ctypes.data % 32 == 0  # as the matrix products load them
-
-
-@every_format
-def test_columns_that_end_inside_a_block(fmt: str, tmp_path: Path) -> None:
-    values = random(4, 40, 100)
-    source = Checkpoint(write(tmp_path / "model.safetensors", {"w": stored(values, "F32")}))
-    for cols in ((0, 100), (64, 100), (96, 100)):
-        got = load_matrix(source, "w", (40, 100), (0, 40), cols, FORMATS[fmt])
-        assert_is(got, values[:, cols[0] : cols[1]], fmt)
-
-
-@every_format
-def test_slices_of_converted_matrices(fmt: str, tmp_path: Path) -> None:
-    values = random(5, *SHAPE)
-    source = tile_folder(tmp_path, values, fmt)
-    assert source.format_name == fmt
-    for rows in ROWS:
-        for cols in COLS:
-            got = load_matrix(source, "w", SHAPE, rows, cols, FORMATS[fmt])
-            assert_is(got, values[rows[0] : rows[1], cols[0] : cols[1]], fmt)
-
-
-@every_format
-def test_whole_tiles_are_copied_as_they_lie(fmt: str, tmp_path: Path) -> None:
-    source = tile_folder(tmp_path, random(6, *SHAPE), fmt)
-    for first, last in ((0, 51), (16, 48), (48, 51)):
-        got = load_matrix(source, "w", SHAPE, (first, last), (32, 96), FORMATS[fmt])
-        np.testing.assert_array_equal(got.tiles, source["w"].data[first // 16 : -(-last // 16), 1:3])
-        assert got.tiles.flags.c_contiguous
-        assert got.tiles.ctypes.data % 64 == 0
-
-
-def test_converted_matrices_in_another_format(tmp_path: Path) -> None:
-    values = random(7, *SHAPE)
-    for held in FORMATS:
-        source = tile_folder(tmp_path / held, values, held)
-        for fmt in FORMATS:
-            for rows, cols in (((0, 51), (0, 96)), ((5, 41), (32, 96)), ((16, 48), (0, 32))):
-                got = load_matrix(source, "w", SHAPE, rows, cols, FORMATS[fmt])
-                part = naive.as_stored(values, held)[rows[0] : rows[1], cols[0] : cols[1]]
-                assert_is(got, part, fmt)
-
-
-@pytest.mark.parametrize("is_converted", [False, True])
-def test_matrices_are_read_in_chunks(is_converted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    values = random(8, 203, 96)
-    source = (
-        tile_folder(tmp_path, values, "f32")
-        if is_converted
-        else Checkpoint(write(tmp_path / "model.safetensors", {"w": stored(values, "F32")}))
-    )
-    for chunk in (1, 4 * 96 * 16, 4 * 96 * 40, 4 * 96 * 203):
-        monkeypatch.setattr(tiles_module, "_CHUNK_BYTES", chunk)
-        for rows in ((0, 203), (7, 100), (16, 203)):
-            got = load_matrix(source, "w", (203, 96), rows, (0, 96), FORMATS["q40"])
-            assert_is(got, values[rows[0] : rows[1]], "q40")
-
-
-@every_dtype
-def test_memory_held_while_a_matrix_is_read(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles_module, "_CHUNK_BYTES", 1 << 16)
-    shape = (4096, 256)  # 4 MB in float32
-    source = Checkpoint(write(tmp_path / "model.safetensors", {"w": stored(random(9, *shape), dtype)}))
-    load_matrix(source, "w", shape, (0, 16), (0, 256), FORMATS["q40"])  # kernels are compiled or read here
-    tracemalloc.start()
-    try:
-        got = load_matrix(source, "w", shape, (0, 4096), (0, 256), FORMATS["q40"])
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert got.tiles.nbytes < peak < got.tiles.nbytes + (1 << 16) + (1 << 16)
-
-
-@pytest.mark.parametrize("shape", [(51, 95), (50, 96), (96, 51), (51, 96, 1), (51,)], ids=str)
-def test_a_matrix_of_another_shape(shape: tuple[int, ...], tmp_path: Path) -> None:
-    source = Checkpoint(write(tmp_path / "model.safetensors", {"w": stored(random(1, *shape), "F32")}))
-    with pytest.raises(ModelError) as caught:
-        load_matrix(source, "w", SHAPE, (0, 16), (0, 32), FORMATS["q40"])
-    assert str(caught.value) == f"tensor w has shape {list(shape)}, but config.json implies [51, 96]"
-
-
-def test_tiles_of_another_shape(tmp_path: Path) -> None:
-    source = tile_folder(tmp_path, random(1, 51, 128), "q40")
-    with pytest.raises(ModelError, match=r"tensor w has shape \[4, 4, 288\], but config\.json implies \[4, 3, 288\]"):
-        load_matrix(source, "w", SHAPE, (0, 16), (0, 32), FORMATS["q40"])
-
-
-def test_bytes_that_nobody_calls_tiles(tmp_path: Path) -> None:
-    entry = ("U8", naive.pack(random(1, *SHAPE), "q40"))
-    source = Checkpoint(write(tmp_path / "model.safetensors", {"w": entry}))
-    with pytest.raises(ModelError, match="tensor w is U8 but the file does not say in which tile format"):
-        load_matrix(source, "w", SHAPE, (0, 16), (0, 32), FORMATS["q40"])
-
-
 def test_tiles_in_an_unknown_format(tmp_path: Path) -> None:
-    entry = ("U8", naive.pack(random(1, *SHAPE), "q40"))
+    entry = ("U8", naive.pack(random(1, 51, 96), "q40"))
     folder = write(tmp_path / "model.safetensors", {"w": entry}, 32, **{TILES_KEY: "q20", LAYOUT_KEY: LAYOUT})
-    with pytest.raises(ModelError):
-        load_matrix(Checkpoint(folder), "w", SHAPE, (0, 16), (0, 32), FORMATS["q40"])
+    assert "tensor w is in format 'q20'; known are q40, q4m, iq4nl, mxfp4, q80, f16, f32" in failure(folder)
 
 
-@every_dtype
-def test_vectors(dtype: str, tmp_path: Path) -> None:
-    values = random(1, 50)
-    source = Checkpoint(write(tmp_path / "model.safetensors", {"v": stored(values, dtype)}))
-    whole = read_back(values, dtype)
-    np.testing.assert_array_equal(load_vector(source, "v", 50), whole)
-    np.testing.assert_array_equal(load_vector(source, "v", 50, (3, 20)), whole[3:20])
-    assert load_vector(source, "v", 50, (50, 50)).shape == (0,)
-    with pytest.raises(ModelError, match=r"tensor v has shape \[50\], but config\.json implies \[51\]"):
-        load_vector(source, "v", 51)
-    with pytest.raises(ModelError, match="tensor u is missing"):
-        load_vector(source, "u", 50)
+@pytest.mark.parametrize(
+    ("extra", "listed"),
+    [
+        (["model.layers.0.mlp.router.weight"], "tensor model.layers.0.mlp.router.weight;"),
+        (["a", "b", "c"], "tensors a, b, c;"),
+        (["a", "b", "c", "d", "e"], "tensors a, b, c and 2 more;"),
+        (["model.layers.3.input_layernorm.weight"], "tensor model.layers.3.input_layernorm.weight;"),
+    ],
+)
+def test_tensors_that_the_model_has_no_use_for(extra: list[str], listed: str, tmp_path: Path) -> None:
+    case = CASES["llama2"]
+    write_model(case, tmp_path)
+    for names, fails in (([], False), (["model.layers.0.self_attn.rotary_emb.inv_freq"], False), (extra, True)):
+        held = {name: (case.dtype, values) for name, values in tensors(case)}
+        write(tmp_path / "model.safetensors", held | {name: stored(random(1, 4), "F32") for name in names})
+        if not fails:
+            assert open_model(str(tmp_path)).source is not None
+            continue
+        with pytest.raises(ModelError) as caught:
+            open_model(str(tmp_path))
+        assert str(caught.value).startswith(f"{tmp_path}: llama has no use for {listed} the result would be wrong")
+        assert "\n" not in str(caught.value)
 
 
-def test_tiles_whose_rows_have_gaps_are_refused() -> None:
-    room = np.zeros((2, 4, 288), np.uint8)
-    with pytest.raises(ValueError, match="contiguous"):
-        TileMatrix(room[:, ::2], 32, 64, FORMATS["q40"])
+def test_a_tensor_of_the_model_that_the_files_lack(tmp_path: Path) -> None:
+    case = CASES["llama2"]
+    write_model(case, tmp_path)
+    held = {name: (case.dtype, values) for name, values in tensors(case)}
+    del held["model.layers.1.mlp.up_proj.weight"]
+    write(tmp_path / "model.safetensors", held)
+    with pytest.raises(ModelError, match=r"tensor model\.layers\.1\.mlp\.up_proj\.weight is missing"):
+        open_model(str(tmp_path))

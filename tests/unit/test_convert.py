@@ -16,32 +16,50 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from dllama_mpi.architectures.registry import read_config, read_model_config
 from dllama_mpi.engine.llm import LLM
 from dllama_mpi.errors import DllamaError, ModelError, UsageError
 from dllama_mpi.kernels.layout import FORMATS
-from dllama_mpi.model.config import ModelConfig
-from dllama_mpi.model.names import matrix_shapes, vector_shapes
+from dllama_mpi.model.build import load
+from dllama_mpi.model.recipe import WeightRecipe, slice_parts, whole_parts
+from dllama_mpi.model.tensors import TABLE, Kind
+from dllama_mpi.model.tensors import tensors as table
 from dllama_mpi.parallel.group import TensorParallelGroup
+from dllama_mpi.startup.opening import model_config, open_folder, open_model
+from dllama_mpi.startup.shares import shards_of
 from dllama_mpi.weights import convert as module
-from dllama_mpi.weights import files as files_module
-from dllama_mpi.weights import partial as partial_module
-from dllama_mpi.weights.checkpoint import Checkpoint
-from dllama_mpi.weights.convert import TABLE, convert
-from dllama_mpi.weights.tiles import TileMatrix
+from dllama_mpi.weights.checkpoint import Checkpoint, name_of
+from dllama_mpi.weights.convert import Conversion, convert
+from dllama_mpi.weights.source import TileTensor, WeightSource
+from dllama_mpi.weights.tiles import TileMatrix, load_matrix
 from tests.tiny_models import CASES, load_reference, tensor_specs, tensors, write_model, write_safetensors
 
 SHAPES = ("llama32_tied", "qwen3_bf16", "qwen2", "llama_bias", "llama_f16", "llama_heads6", "deepseek_distill_like")
 Files = dict[str, bytes]
 
 
+def convert_folder(source: Path, destination: Path, weights: str) -> None:
+    """Convert on one rank."""
+    opened = open_model(str(source), check=False)
+    formats = WeightRecipe.parse(weights).formats(opened.config)
+    conversion = Conversion(opened.whole, formats, whole_parts(opened.config), show_progress=True)
+    convert(conversion, destination, TensorParallelGroup(None))
+
+
 def run(source: Path, destination: Path, weights: str) -> Path:
     """Convert on one rank and return the new directory."""
-    config = ModelConfig.load(source)
-    convert(
-        Checkpoint(source), destination, FORMATS[weights], matrix_shapes(config), vector_shapes(config),
-        config.tie_word_embeddings, TensorParallelGroup(None), show_progress=True,
-    )  # fmt: skip
+    convert_folder(source, destination, weights)
     return destination
+
+
+def shapes(folder: Path, kind: Kind) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's tensors of a kind."""
+    return {spec.name: spec.shape for spec in table(model_config(str(folder))) if spec.kind is kind}
+
+
+def opened(folder: Path) -> WeightSource:
+    """Return a model directory's weights."""
+    return open_folder(folder, model_config(str(folder))).whole
 
 
 def contents(folder: Path) -> Files:
@@ -88,12 +106,9 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_names_and_shapes_are_those_of_the_checkpoint(case: Any) -> None:
-    config = ModelConfig.from_hf(case.config)
     expected = tensor_specs(case.config)
-    table = expected[TABLE]
-    found: dict[str, tuple[int, ...]] = {TABLE: table, **matrix_shapes(config)}
-    found.update({name: (size,) for name, size in vector_shapes(config).items()})
-    assert found == {**expected, "lm_head.weight": table}
+    found = {spec.name: spec.shape for spec in table(read_model_config(case.config))}
+    assert found == {**expected, "lm_head.weight": expected[TABLE]}
 
 
 @pytest.mark.parametrize("weights", FORMATS)
@@ -103,7 +118,7 @@ def test_logits_are_those_of_quantising_while_loading(name: str, weights: str, t
     folder = write_model(case, tmp_path / "source")
     tokens = reference.tokens[:12].tolist()
     converted = run(folder, tmp_path / "new", weights)
-    assert Checkpoint(converted).format_name == weights
+    assert name_of(Checkpoint(converted).formats) == weights
     np.testing.assert_array_equal(logits(converted, None, tokens), logits(folder, weights, tokens))
 
 
@@ -116,8 +131,8 @@ def test_f32_of_an_f32_source_equals_the_reference(tmp_path: Path) -> None:
 
 def test_f32_tiles_hold_the_source_exactly(source: Path, tmp_path: Path) -> None:
     old, new = dict(tensors(CASES["llama_heads6"])), Checkpoint(run(source, tmp_path / "new", "f32"))
-    for name, shape in matrix_shapes(ModelConfig.load(source)).items():
-        matrix = TileMatrix(new[name].data, *shape, FORMATS["f32"])
+    for name, (rows, cols) in shapes(source, Kind.MATRIX).items():
+        matrix = TileMatrix(new[name].data[None], np.zeros((1, 0), np.float32), rows, cols, FORMATS["f32"])
         np.testing.assert_array_equal(matrix.to_float32(), old[name])
 
 
@@ -131,21 +146,26 @@ def test_file_is_good_safetensors_and_tiles_are_aligned(weights: str, source: Pa
     assert metadata == {"dllama_mpi.weights": weights, "dllama_mpi.layout": "1", "dllama_mpi.lineage": lineage}
     with safe_open(path, framework="numpy") as opened:
         assert sorted(opened.keys()) == sorted(entries)
-        for name, shape in matrix_shapes(ModelConfig.load(source)).items():
+        for name, shape in shapes(source, Kind.MATRIX).items():
             tiles = opened.get_tensor(name)
             assert tiles.dtype == np.uint8
             assert tiles.shape == FORMATS[weights].shape(*shape)
             assert (start + entries[name]["data_offsets"][0]) % 64 == 0
-    assert any(name.startswith("padding.") for name in entries) == (weights in ("q40", "q80"))
+    assert any(name.startswith("padding.") for name in entries) == FORMATS[weights].quantised_activations
+    for name in shapes(source, Kind.MATRIX):
+        assert (f"{name}.row_scales" in entries) == FORMATS[weights].has_row_scales
 
 
 @pytest.mark.parametrize("name", ["llama32_tied", "llama_f16", "llama_bias"])
 def test_what_is_not_a_matrix_stays_as_it_is(name: str, tmp_path: Path) -> None:
     folder = write_model(CASES[name], tmp_path / "source")
     old, new = Checkpoint(folder), Checkpoint(run(folder, tmp_path / "new", "q40"))
-    for tensor in (TABLE, *vector_shapes(ModelConfig.load(folder))):
-        assert new[tensor].dtype == old[tensor].dtype == CASES[name].dtype
-        np.testing.assert_array_equal(new[tensor].data, old[tensor].data)
+    assert new[TABLE].dtype == old[TABLE].dtype == CASES[name].dtype
+    np.testing.assert_array_equal(new[TABLE].data, old[TABLE].data)
+    for tensor, shape in shapes(folder, Kind.VECTOR).items():
+        whole = tuple((0, size) for size in shape)
+        assert new[tensor].dtype == "F32"
+        np.testing.assert_array_equal(new[tensor].values(whole), old[tensor].values(whole))
 
 
 def test_files_beside_the_weights_are_copied(source: Path, tmp_path: Path) -> None:
@@ -172,8 +192,7 @@ def test_large_models_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.Mon
     index = json.loads((cut / "model.safetensors.index.json").read_text())["weight_map"]
     assert {(cut / name) for name in index.values()} == set(paths)
     one, many = Checkpoint(whole), Checkpoint(cut)
-    names = [TABLE, *matrix_shapes(ModelConfig.load(folder)), *vector_shapes(ModelConfig.load(folder))]
-    for name in names:
+    for name in (spec.name for spec in table(model_config(str(folder)))):
         assert name in header(cut / index[name])[1]
         np.testing.assert_array_equal(one[name].data, many[name].data)
 
@@ -195,6 +214,28 @@ def test_converting_again_gives_the_same_bytes(name: str, first: str, tmp_path: 
     folder = write_model(CASES[name], tmp_path / "source")
     again = run(run(folder, tmp_path / first, first), tmp_path / "again", "q40")
     assert without_lineage(again) == without_lineage(run(folder, tmp_path / "direct", "q40"))
+
+
+@pytest.mark.parametrize("recipe", ["q4m,lm_head=q80", "q80,down=q4m,attention=f16", "mxfp4,v=f32"])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_mixed_formats_are_those_of_quantising_while_loading(recipe: str, ranks: int, tmp_path: Path) -> None:
+    folder = write_model(CASES["llama_heads6"], tmp_path / "source")
+    converted, config = run(folder, tmp_path / "new", recipe), model_config(str(folder))
+    formats = WeightRecipe.parse(recipe).formats(config)
+    held = open_model(str(converted)).formats(None)
+    assert held == formats
+    for shard in shards_of(config, [1.0] * ranks):
+        old, new = (load(opened(each), config, shard, formats) for each in (folder, converted))
+        assert old.held.keys() == new.held.keys() == slice_parts(config, shard).keys() - {TABLE}
+        for name, tensor in old.held.items():
+            other = new.held[name]
+            if isinstance(tensor, TileMatrix):
+                assert isinstance(other, TileMatrix)
+                np.testing.assert_array_equal(tensor.tiles, other.tiles)
+                np.testing.assert_array_equal(tensor.row_scales, other.row_scales)
+            else:
+                np.testing.assert_array_equal(tensor, np.asarray(other))
+    assert all(isinstance(opened(converted)[name], TileTensor) for name in formats)
 
 
 def test_nothing_is_printed_without_a_terminal(source: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -244,7 +285,7 @@ def test_parent_is_a_file(source: Path, tmp_path: Path) -> None:
 
 def test_disk_too_small(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(partial_module.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 20_000, 20_000))
+    monkeypatch.setattr("dllama_mpi.weights.partial.shutil.disk_usage", lambda _: usage(10**9, 10**9 - 20_000, 20_000))
     refused(UsageError, r"needs 0\.\d\d GB, and 0\.00 GB are free in .*; free space", source, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -307,9 +348,9 @@ def test_exception_in_the_middle(
             raise error
         return real(*args)
 
-    real = files_module.load_matrix
+    real = load_matrix
     with monkeypatch.context() as patch:
-        patch.setattr(files_module, "load_matrix", failing)
+        patch.setattr("dllama_mpi.weights.files.load_matrix", failing)
         with pytest.raises(type(error)):
             run(source, tmp_path / "new", "q40")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
@@ -318,12 +359,10 @@ def test_exception_in_the_middle(
 
 def test_exception_at_the_end(source: Path, tmp_path: Path) -> None:
     config = (source / "config.json").rename(tmp_path / "config.json")
-    parsed = ModelConfig.from_hf(json.loads(config.read_text()))
+    parsed = read_model_config(json.loads(config.read_text()))
+    conversion = Conversion(Checkpoint(source), WeightRecipe.parse("q40").formats(parsed), whole_parts(parsed), False)
     with pytest.raises(ModelError, match=r"no config\.json"):
-        convert(
-            Checkpoint(source), tmp_path / "new", FORMATS["q40"], matrix_shapes(parsed), vector_shapes(parsed), False,
-            TensorParallelGroup(None), False,
-        )  # fmt: skip
+        convert(conversion, tmp_path / "new", TensorParallelGroup(None))
     assert not (tmp_path / "new").exists()
     assert not (tmp_path / "new.partial").exists()
 
@@ -374,7 +413,7 @@ def test_killed_in_the_middle(moment: str, source: Path, tmp_path: Path) -> None
     assert (partial / ".converting").is_file()
     if moment != "rename":  # the last step: all is there but the name
         with pytest.raises(ModelError):
-            ModelConfig.load(partial)
+            read_config(partial)
     assert whole_after(source, tmp_path)
 
 

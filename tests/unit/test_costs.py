@@ -4,79 +4,168 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from dllama_mpi.kernels.layout import FORMATS, Q40
-from dllama_mpi.model.config import ModelConfig
-from dllama_mpi.model.shapes import shape_config
-from dllama_mpi.model.size import weight_bytes
-from dllama_mpi.parallel.collective.all_reduce import PAYLOADS
-from dllama_mpi.parallel.network import Link, Network
+from dllama_mpi.kernels.layout import FORMATS, TileFormat
+from dllama_mpi.model.buffers import memory_bytes
+from dllama_mpi.model.config import AttentionConfig
+from dllama_mpi.model.recipe import WeightRecipe, bytes_per_token, macs_per_token, weight_bytes
+from dllama_mpi.parallel.collective.table import PAYLOADS
+from dllama_mpi.parallel.network import LinkCurve, Network
 from dllama_mpi.planning.costs import (
     AllReduces,
-    Cost,
+    AttentionWork,
+    ExpertsWork,
     Speeds,
     Work,
     chunks,
     decode_cost,
+    expected_experts,
     payload_bytes,
     prefill_cost,
     work_of,
 )
+from dllama_mpi.startup.opening import model_config
 from dllama_mpi.startup.shares import shards_of
+from tests.small_models import HYBRID, SPARSE
 
-ONE_B = ModelConfig.from_hf(shape_config("llama3.2-1b"))
+ONE_B, MOE = model_config("random:llama3.2-1b"), model_config("random:qwen3-30b-a3b")
+Q40_1B, Q40_MOE = (WeightRecipe.parse("q40").formats(config) for config in (ONE_B, MOE))
 WORK = Work(
-    windows=(0, 0), weight_bytes=8000, head_bytes=2000, macs=50_000, position_bytes=10, attention_macs=4
-)  # fmt: skip
+    layers=2, all_reduces=4, size=8000, head_size=2000, macs=50_000, attentions=(AttentionWork(0, size=10, macs=4),)
+)
 
 
 def network(*hosts: str, latency: float = 1e-3, rate: float = 1e6) -> Network:
     """Return a network whose every two hosts have the same link; ranks of one host talk ten times faster."""
     names = sorted(set(hosts))
-    links = {(a, b): Link.of(latency, rate) for a in names for b in names if a < b}
-    links |= {(a, a): Link.of(latency / 10, rate * 10) for a in names if hosts.count(a) > 1}
+    links = {(a, b): LinkCurve.of(latency, rate) for a in names for b in names if a < b}
+    links |= {(a, a): LinkCurve.of(latency / 10, rate * 10) for a in names if hosts.count(a) > 1}
     return Network(hosts, links)
 
 
 def test_work_of_a_whole_model() -> None:
     (whole,) = shards_of(ONE_B, [1.0])
-    work = work_of(ONE_B, whole, Q40, "f16")
+    work = work_of(ONE_B, whole, Q40_1B, "f16")
     # By hand: q and o 2048 x 2048, k and v 512 x 2048, gate, up and down 8192 x 2048; lm_head 128256 x 2048.
     layer = 2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048
-    assert work.macs == 16 * layer
-    assert work.weight_bytes == 16 * layer * 288 // 512
-    assert work.head_bytes == 128256 * 2048 * 288 // 512
-    assert work.position_bytes == 16 * 8 * (64 + 64) * 2
-    assert work.attention_macs == 16 * 32 * 64 * 2
-    norms = 4 * 2048 * 33
-    assert work.weight_bytes + work.head_bytes + norms == weight_bytes(ONE_B, whole, Q40)
+    assert work.macs == work.token_macs == 16 * layer
+    assert work.size == work.read() == work.read(9) == 16 * layer * 288 // 512 + 4 * 2048 * 33
+    assert work.head_size == 128256 * 2048 * 288 // 512
+    assert work.attentions == (AttentionWork(0, size=16 * 8 * (64 + 64) * 2, macs=16 * 32 * 64 * 2),)
+    assert (work.layers, work.all_reduces, work.state_size, work.experts) == (16, 32, 0, ())
+    assert work.read() + work.head_size == weight_bytes(ONE_B, whole, Q40_1B) == bytes_per_token(ONE_B, whole, Q40_1B)
+
+
+def test_work_of_experts() -> None:
+    """Qwen3-30B-A3B: 8 of 128 experts of 3 x 768 x 2048; the router, 128 x 2048, is read whole, in f16."""
+    (whole,) = shards_of(MOE, [1.0])
+    work, one = work_of(MOE, whole, Q40_MOE, "f16"), 3 * 768 * 2048
+    attention = 2 * 4096 * 2048 + 2 * 512 * 2048
+    assert work.experts == (ExpertsWork(128, 8, size=48 * 128 * one * 288 // 512, macs=48 * 8 * one),)
+    assert work.macs == 48 * (attention + 128 * 2048)
+    norms = 4 * (48 * (2 * 2048 + 2 * 128) + 2048)
+    assert work.size == 48 * (attention * 288 // 512 + 128 * 2048 * 2) + norms
+    assert work.read() == pytest.approx(work.size + work.experts[0].size / 16)
+
+
+@pytest.mark.parametrize("name", ["llama3.2-1b", "qwen3-30b-a3b:3"])
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("recipe", ["q40", "q4m,lm_head=q80,k=f16"])
+def test_work_agrees_with_the_folds_over_the_table(name: str, ranks: int, recipe: str) -> None:
+    config = model_config(f"random:{name}")
+    formats = WeightRecipe.parse(recipe).formats(config)
+    for shard in shards_of(config, [1.0] * ranks):
+        work = work_of(config, shard, formats, "f16")
+        assert work.read() + work.head_size == pytest.approx(bytes_per_token(config, shard, formats), abs=1)
+        every = work.size + work.head_size + sum(each.size for each in work.experts)
+        assert every == weight_bytes(config, shard, formats)
+        assert work.token_macs == pytest.approx(macs_per_token(config, shard), abs=1)
+        assert sum(each.size for each in work.attentions) == memory_bytes(config, shard, "f16")[1]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_ranks_together_do_the_whole_work(fmt, ranks: int) -> None:  # type: ignore[no-untyped-def]
-    (whole,) = (work_of(ONE_B, part, fmt, "f16") for part in shards_of(ONE_B, [1.0]))
-    parts = [work_of(ONE_B, part, fmt, "f16") for part in shards_of(ONE_B, [1.0] * ranks)]
-    assert sum(p.attention_macs for p in parts) == whole.attention_macs
-    assert sum(p.head_bytes for p in parts) == whole.head_bytes
+def test_ranks_together_do_the_whole_work(fmt: TileFormat, ranks: int) -> None:
+    formats = WeightRecipe.parse(fmt.name).formats(ONE_B)
+    (whole,) = (work_of(ONE_B, shard, formats, "f16") for shard in shards_of(ONE_B, [1.0]))
+    parts = [work_of(ONE_B, shard, formats, "f16") for shard in shards_of(ONE_B, [1.0] * ranks)]
+    assert sum(p.attentions[0].macs for p in parts) == whole.attentions[0].macs
+    assert sum(p.head_size for p in parts) == whole.head_size
     # KV heads that are cut live on both ranks.
     assert whole.macs <= sum(p.macs for p in parts) < 1.05 * whole.macs
 
 
+def test_states_do_not_grow() -> None:
+    """By hand: 3 delta nets with 2 key and 4 value heads of 32, and a convolution of 4 over q, k and v; 1 attention."""
+    (whole,) = shards_of(HYBRID, [1.0])
+    formats = WeightRecipe.parse("f32").formats(HYBRID)
+    work = work_of(HYBRID, whole, formats, "f32")
+    assert work.state_size == 3 * 4 * (4 * 32 * 32 + 3 * (2 * 64 + 128))
+    assert work.attentions == (AttentionWork(0, size=2 * 2 * 32 * 4, macs=2 * 4 * 32),)
+    matrices = macs_per_token(HYBRID, whole)
+    assert work.token_macs == pytest.approx(matrices + 3 * 3 * 4 * 32 * 32)
+    read = work.read() + work.head_size + work.cache_read(0, 1)
+    cost = decode_cost([work], [Speeds(decode=1.0)], (0, 1), 0.0)
+    assert cost.compute == pytest.approx(read + 2 * work.state_size)  # which are written back
+
+
+def test_experts_that_are_expected() -> None:
+    assert expected_experts(8, 2, 0) == 0
+    assert expected_experts(8, 2, 1) == pytest.approx(2)
+    assert expected_experts(8, 2, 2) == pytest.approx(2 + 2 * 6 / 8)
+    assert expected_experts(4, 4, 9) == 4
+    assert expected_experts(128, 8, 10_000) == pytest.approx(128)
+
+
+def test_experts_that_are_drawn() -> None:
+    rng = np.random.default_rng(0)
+    counts = []
+    for _ in range(400):
+        drawn = [rng.permutation(16)[:3] for _ in range(6)]
+        counts.append(len(set(np.concatenate(drawn).tolist())))
+    assert np.mean(counts) == pytest.approx(expected_experts(16, 3, 6), rel=0.02)
+
+
+def test_a_chunk_reads_no_expert_twice() -> None:
+    sparse = replace(WORK, experts=(ExpertsWork(8, 2, size=80_000, macs=1000),))
+    assert sparse.read(1) == 8000 + 20_000
+    assert sparse.read(1000) == pytest.approx(8000 + 80_000)
+    assert sparse.token_macs == 51_000
+    slow, fast = Speeds(decode=1e6, prefill=1e4), Speeds(decode=1e6, prefill=1e12)
+    for speeds, seconds in ((slow, 512 * 5.1), (fast, 0.008 + 0.08)):  # bound by computing, and by reading
+        cost = prefill_cost([sparse], [speeds], [(0, 512)], lambda _: 0.0)
+        assert cost is not None
+        assert cost.weights == pytest.approx(seconds + 2000 / 1e6)
+
+
 def test_positions_seen() -> None:
-    assert WORK.seen(0, 1) == 1
-    assert WORK.seen(0, 4) == 2.5
-    assert WORK.seen(10, 3) == 12
-    half = replace(WORK, windows=(0, 4))
-    assert half.seen(9, 1) == (10 + 4) / 2
-    assert half.seen(0, 6) == pytest.approx((3.5 + (1 + 2 + 3 + 4 + 4 + 4) / 6) / 2)
+    whole, window = AttentionWork(0, size=10, macs=4), AttentionWork(4, size=1, macs=2)
+    assert whole.seen(0, 1) == 1
+    assert whole.seen(0, 4) == 2.5
+    assert whole.seen(10, 3) == 12
+    assert window.seen(9, 1) == 4
+    assert window.seen(0, 6) == pytest.approx((1 + 2 + 3 + 4 + 4 + 4) / 6)
+    both = replace(WORK, attentions=(whole, window))
+    assert both.cache_read(9, 1) == 10 * 10 + 4
+    assert both.attention_macs(0, 6) == pytest.approx(4 * 21 + 2 * 18)
+
+
+def test_norms_over_all_heads_are_summed_too() -> None:
+    (whole,) = shards_of(SPARSE, [1.0])
+    layer = SPARSE.layers[0]
+    assert isinstance(layer.mixer, AttentionConfig)
+    normed = replace(SPARSE, layers=(replace(layer, mixer=replace(layer.mixer, qk_norm="whole")), *SPARSE.layers[1:]))
+    counts = [work_of(c, whole, WeightRecipe.parse("q40").formats(c), "f16").all_reduces for c in (SPARSE, normed)]
+    assert counts == [2 * SPARSE.num_layers, 2 * SPARSE.num_layers + 1]
 
 
 def test_decode_of_one_rank() -> None:
     speeds = Speeds(decode=1e6, layer_seconds=1e-3, step_seconds=5e-3)
     cost = decode_cost([WORK], [speeds], (0, 4), 0.0)
-    assert cost == Cost(weights=pytest.approx(0.01), attention=pytest.approx(25e-6), overhead=pytest.approx(7e-3))
+    assert (cost.weights, cost.attention, cost.overhead) == pytest.approx((0.01, 25e-6, 7e-3))
+    assert cost.synchronisation == 0
     assert cost.total == pytest.approx(0.017025)
 
 
@@ -92,11 +181,11 @@ def test_prefill_in_chunks() -> None:
     assert chunks(0, 512, 256) == [(0, 256), (256, 256)]
     assert chunks(3, 10, 4) == [(3, 4), (7, 4), (11, 2)]
     speeds = Speeds(
-        decode=1e6, prefill=1e8, attention=1e4, step_seconds=1e-3, token_layer_seconds=1e-5, token_seconds=1e-6
+        decode=1e7, prefill=1e8, attention=1e4, step_seconds=1e-3, token_layer_seconds=1e-5, token_seconds=1e-6
     )
     cost = prefill_cost([WORK], [speeds], [(0, 4), (4, 2)], lambda tokens: tokens * 1e-3)
     assert cost is not None
-    assert cost.weights == pytest.approx(6 * 50_000 / 1e8 + 2 * 2000 / 1e6)
+    assert cost.weights == pytest.approx(6 * 50_000 / 1e8 + 2 * 2000 / 1e7)
     assert cost.attention == pytest.approx((4 * 2.5 + 2 * 5.5) * 4 / 1e4)
     assert cost.overhead == pytest.approx(6 * (2e-5 + 1e-6) + 2e-3)
     assert cost.synchronisation == pytest.approx(4 * 6e-3)
@@ -147,7 +236,11 @@ def test_ranks_of_one_host_share_its_link() -> None:
 
 
 def test_only_links_between_the_ranks_at_work_count() -> None:
-    links = {("a", "b"): Link.of(1e-3, 1e6), ("a", "c"): Link.of(1.0, 1e6), ("b", "c"): Link.of(1.0, 1e6)}
+    links = {
+        ("a", "b"): LinkCurve.of(1e-3, 1e6),
+        ("a", "c"): LinkCurve.of(1.0, 1e6),
+        ("b", "c"): LinkCurve.of(1.0, 1e6),
+    }
     three = Network(("a", "b", "c"), links)
     assert three.all_reduce_seconds(2, 0) == pytest.approx(1e-3)
     assert three.all_reduce_seconds(3, 0) == pytest.approx(1.0)
@@ -182,18 +275,19 @@ def test_four_raspberry_pi_5_from_two() -> None:
     wire. From the program: layers are cut evenly, the lm_head stays whole on the root, and the root exchanges a whole
     payload with each worker, first out, then in. Predicted: four boards.
     """
-    config = ModelConfig.from_hf(shape_config("llama3.1-8b"))
+    config = model_config("random:llama3.1-8b")
+    formats = WeightRecipe.parse("q40").formats(config)
     payload = payload_bytes(config, 1, PAYLOADS["q80"])
     assert payload == 4352
     assert 2 * config.num_layers * payload == pytest.approx(272e3, rel=0.03)  # published as kB, perhaps of 1024
 
     def root(boards: int) -> Work:
-        work = work_of(config, shards_of(config, [1.0] * boards)[0], Q40, "f32")
-        (whole,) = (work_of(config, part, Q40, "f32") for part in shards_of(config, [1.0]))
-        return replace(work, head_bytes=whole.head_bytes)
+        work = work_of(config, shards_of(config, [1.0] * boards)[0], formats, "f32")
+        (whole,) = (work_of(config, part, formats, "f32") for part in shards_of(config, [1.0]))
+        return replace(work, head_size=whole.head_size)
 
     two = root(2)
-    speeds = Speeds(decode=(two.weight_bytes + two.head_bytes) / 0.26904)
+    speeds = Speeds(decode=(two.read() + two.head_size) / 0.26904)
     assert 8e9 < speeds.decode < 9e9  # of the 10 to 11.4 GB/s that a board's memory gives other programs
 
     def wire(boards: int) -> float:

@@ -9,18 +9,19 @@ import os
 import re
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 
 import llvmlite.binding as llvm
 import numpy as np
 import pytest
+from llvmlite import ir
+from numba import config
 
 from dllama_mpi.errors import UsageError
 from dllama_mpi.kernels import runtime
-from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS
+from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS, aligned_empty
+from dllama_mpi.kernels.matmul import KERNELS, described
 from dllama_mpi.kernels.simd import EMITTERS
-from dllama_mpi.weights.tiles import aligned_empty
 from tests import naive
 from tests.naive import Floats
 from tests.unit import vector_code
@@ -29,8 +30,9 @@ from tests.unit.vector_code import HOST, Compiled
 ROOT = Path(__file__).parents[2]
 X86, ARM = "x86_64-unknown-linux-gnu", "aarch64-unknown-linux-gnu"
 ON_ARM = HOST.startswith(("aarch64", "arm64"))
+OLDEST = "cortex-a72" if ON_ARM else "haswell"
 AARCH64_PYTHON = "DLLAMA_MPI_AARCH64_PYTHON"
-TOKENS = (1, 2, 4, 8)  # for how many kernels are compiled
+TOKENS = (1, 2, 3, 5, 8, 15)  # every combination of the groups that kernels work in
 PROCESSORS = (
     ("avx512vnni", "icelake-server", X86),
     ("avx2vnni", "alderlake", X86),
@@ -42,11 +44,13 @@ PROCESSORS = (
     ("generic", "cortex-a72", ARM),
 )
 
+every_isa = pytest.mark.parametrize("isa", EMITTERS)
 every_processor = pytest.mark.parametrize(("isa", "cpu", "triple"), PROCESSORS)
 every_processor_of_this_kind = pytest.mark.parametrize(
     ("isa", "cpu"), [(isa, cpu) for isa, cpu, triple in PROCESSORS if (triple == ARM) == ON_ARM]
 )
-every_kernel = pytest.mark.parametrize(("fmt", "tokens"), [*product(FORMATS, TOKENS)])
+every_format = pytest.mark.parametrize("fmt", FORMATS)
+every_kernel = pytest.mark.parametrize("fmt", [fmt.name for fmt in KERNELS.values()])
 
 
 def needs(isa: str) -> None:
@@ -55,13 +59,18 @@ def needs(isa: str) -> None:
         pytest.skip(f"this processor offers {', '.join(runtime.host_isas())}, not {isa}")
 
 
-def assembly(isa: str, cpu: str, triple: str, fmt: str, tokens: int) -> str:
-    """Return a kernel's assembly, or skip where this LLVM cannot make it."""
+def compiled_for(module: ir.Module, cpu: str, triple: str) -> str:
+    """Return a module's assembly, or skip where this LLVM cannot make it."""
     try:
         llvm.Target.from_triple(triple)
     except RuntimeError as error:
         pytest.skip(str(error))
-    return vector_code.assembly(vector_code.tile_row(EMITTERS[isa], fmt, tokens), cpu, triple)
+    return vector_code.assembly(module, cpu, triple)
+
+
+def assembly(isa: str, cpu: str, triple: str, fmt: str) -> str:
+    """Return a kernel's assembly, or skip where this LLVM cannot make it."""
+    return compiled_for(vector_code.kernel(EMITTERS[isa], fmt), cpu, triple)
 
 
 def random(seed: int, *shape: int) -> Floats:
@@ -70,20 +79,18 @@ def random(seed: int, *shape: int) -> Floats:
 
 
 def matmul(kernel: Compiled, matrix: Floats, fmt: str, x: Floats) -> Floats:
-    """Return x @ matrix^T (tokens, rows) by a kernel compiled for x's number of tokens."""
+    """Return x @ matrix^T (tokens, rows) by a compiled kernel."""
     tiles = aligned_empty(FORMATS[fmt].shape(*matrix.shape))
     tiles[:] = naive.pack(matrix, fmt)
+    scales = naive.row_scales(naive.padded(matrix, ROWS, 1), fmt) if FORMATS[fmt].has_row_scales else None
+    m = described(FORMATS[fmt], tiles, scales)
     x = naive.padded(x, 1, BLOCK)
-    codes, scales, offsets = naive.quantise_activations(x)
-    quantised = codes.astype(np.int8), scales, offsets.astype(np.int32)
+    codes, x_scales, offsets = naive.quantise_activations(x)
+    inputs = x, codes.astype(np.int8), x_scales, offsets.astype(np.int32)
     y = np.full((len(x), ROWS * len(tiles) + 3), np.nan, np.float32)
-    for row in range(len(tiles)):
-        out = y.ctypes.data + 4 * ROWS * row, y.strides[0]
-        weights = tiles[row].ctypes.data, tiles.shape[1]
-        if FORMATS[fmt].quantised_activations:
-            kernel(*weights, *(a.ctypes.data for a in quantised), *out)
-        else:
-            kernel(*weights, x.ctypes.data, x.strides[0], *out)
+    addresses = [a.ctypes.data for a in inputs]
+    for first, last in ((0, 1), (1, len(tiles))):
+        kernel(m.ctypes.data, first, last, *addresses, tiles.shape[1], len(x), y.ctypes.data, y.strides[0])
     assert np.isnan(y[:, -3:]).all()
     assert not y[:, len(matrix) : -3].any()
     return y[:, : len(matrix)]
@@ -97,11 +104,8 @@ def largest(rng: np.random.Generator, rows: int, cols: int, choices: list[float]
     return values
 
 
-@every_kernel
-@every_processor_of_this_kind
-def test_tile_row(isa: str, cpu: str, fmt: str, tokens: int) -> None:
-    needs(isa)
-    kernel = Compiled(vector_code.tile_row(EMITTERS[isa], fmt, tokens), cpu)
+def check_kernel(kernel: Compiled, fmt: str, tokens: int) -> None:
+    """Check a kernel's products, plain, of extreme scales and of extreme codes, bit for bit."""
     rng = np.random.default_rng(1)
     for rows, cols in ((1, 1), (16, 32), (17, 33), (40, 160)):
         scales = (10.0 ** rng.uniform(-25, 4, (rows, 1))).astype(np.float32)
@@ -116,11 +120,56 @@ def test_tile_row(isa: str, cpu: str, fmt: str, tokens: int) -> None:
             np.testing.assert_array_equal(matmul(kernel, matrix, fmt, x), naive.matmul(matrix, fmt, x))
 
 
-@pytest.mark.parametrize("fmt", FORMATS)
+@every_format
+@every_processor_of_this_kind
+def test_kernel(isa: str, cpu: str, fmt: str) -> None:
+    needs(isa)
+    kernel = Compiled(vector_code.kernel(EMITTERS[isa], fmt), cpu)
+    for tokens in TOKENS:
+        check_kernel(kernel, fmt, tokens)
+
+
+@pytest.mark.parametrize("fmt", ["q40", "q4m", "iq4nl", "mxfp4", "q80"])
+@pytest.mark.parametrize("isa", [isa for isa in EMITTERS if isa not in runtime.host_isas()])
+def test_kernel_of_another_processor(isa: str, fmt: str) -> None:
+    """All that an emitter does with its processors' own instructions written out as plain IR."""
+    kernel = Compiled(vector_code.kernel(vector_code.emulating(EMITTERS[isa]), fmt), OLDEST)
+    for tokens in TOKENS:
+        check_kernel(kernel, fmt, tokens)
+
+
+@every_format
+@every_isa
+def test_rounding(isa: str, fmt: str) -> None:
+    """Packing a row of tiles and unpacking it."""
+    emitter = EMITTERS[isa] if isa in runtime.host_isas() else vector_code.emulating(EMITTERS[isa])
+    pack, unpack = (Compiled(vector_code.rounding(emitter, fmt, packing), OLDEST) for packing in (True, False))
+    matrix, scales = random(1, ROWS, 96), np.zeros(0, np.float32)
+    matrix[3], matrix[:, 40:64] = 0, matrix[:, 40:64] * 100
+    if FORMATS[fmt].has_row_scales:
+        scales = naive.row_scales(matrix, fmt)
+    tiles = np.full(FORMATS[fmt].shape(ROWS, 96), 99, np.uint8)
+    pack(matrix.ctypes.data, matrix.strides[0], tiles.ctypes.data, 3, scales.ctypes.data)
+    np.testing.assert_array_equal(tiles, naive.pack(matrix, fmt))
+    got = np.full((ROWS, 97), np.nan, np.float32)
+    unpack(got.ctypes.data, got.strides[0], tiles.ctypes.data, 3, scales.ctypes.data)
+    np.testing.assert_array_equal(got[:, :96], naive.as_stored(matrix, fmt))
+    assert np.isnan(got[:, 96]).all()
+
+
+@pytest.mark.parametrize("fmt", ["q40", "q4m", "iq4nl", "f16"])
+@every_processor
+def test_rounding_calls_no_library(isa: str, cpu: str, triple: str, fmt: str) -> None:
+    for packing in (True, False):
+        code = compiled_for(vector_code.rounding(EMITTERS[isa], fmt, packing), cpu, triple)
+        assert cpu == "ivybridge" or not re.search(r"\t(callq?|bl)\t", code)
+
+
+@every_kernel
 @every_processor_of_this_kind
 def test_no_tiles_give_zeros(isa: str, cpu: str, fmt: str) -> None:
     needs(isa)
-    kernel = Compiled(vector_code.tile_row(EMITTERS[isa], fmt, 8), cpu)
+    kernel = Compiled(vector_code.kernel(EMITTERS[isa], fmt), cpu)
     assert not matmul(kernel, np.zeros((5, 0), np.float32), fmt, np.zeros((8, 0), np.float32)).any()
 
 
@@ -158,11 +207,10 @@ def test_exp(isa: str, cpu: str, lanes: int) -> None:
     np.testing.assert_array_equal(np.isnan(y), np.isnan(x))
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("fmt", ["q40", "q80"])
+@pytest.mark.parametrize("fmt", ["q40", "q4m", "iq4nl", "q80"])
 @every_processor
-def test_instructions(isa: str, cpu: str, triple: str, fmt: str, tokens: int) -> None:
-    code = assembly(isa, cpu, triple, fmt, tokens)
+def test_instructions(isa: str, cpu: str, triple: str, fmt: str) -> None:
+    code = assembly(isa, cpu, triple, fmt)
     products = {
         "avx512vnni": r"vpdpbusd\t.*%zmm",
         "avx2vnni": r"\{vex\}\s+vpdpbusd\t.*%ymm",
@@ -175,12 +223,20 @@ def test_instructions(isa: str, cpu: str, triple: str, fmt: str, tokens: int) ->
     if isa == "neon":
         assert "saddlp" in code
         assert "addp" in code
+    shuffles = {
+        "avx512vnni": r"vpshufb\t.*%zmm",
+        "avx2": r"vpshufb\t.*%ymm",
+        "neon": r"tbl\tv\d+\.16b, \{ v\d+\.16b \}",
+    }
+    shuffle = shuffles.get(isa.removesuffix("dot"), shuffles["avx2"])
+    if fmt != "q4m":  # LLVM widens its bytes by shuffles on some processors
+        assert bool(re.search(shuffle, code)) == (fmt == "iq4nl" and isa != "generic")
 
 
 @pytest.mark.parametrize("fmt", ["f16", "f32"])
 @pytest.mark.parametrize("isa", ["neon", "neondot"])
 def test_float_kernels_multiply_by_a_lane_on_arm(isa: str, fmt: str) -> None:
-    code = assembly(isa, "cortex-a76" if isa == "neondot" else "cortex-a72", ARM, fmt, 8)
+    code = assembly(isa, "cortex-a76" if isa == "neondot" else "cortex-a72", ARM, fmt)
     assert re.search(r"fmla\tv\d+\.4s, v\d+\.4s, v\d+\.s\[\d\]", code)
 
 
@@ -207,6 +263,7 @@ def run_matmuls(python: str, isa: str, restrictions: dict[str, str]) -> None:
     assert done.stdout.strip() == isa
 
 
+@pytest.mark.slow  # kernels are compiled anew
 @pytest.mark.parametrize(("isa", "cpu"), [("avx2vnni", "alderlake"), ("avx2", "haswell")])
 def test_older_processors(isa: str, cpu: str) -> None:
     needs(isa)
@@ -258,8 +315,8 @@ def test_what_a_processor_offers(
     monkeypatch: pytest.MonkeyPatch, has: set[str], said: set[str], name: str, features: str, offered: str
 ) -> None:
     monkeypatch.setattr(runtime, "_host_features", lambda: (has, said))
-    monkeypatch.setattr(runtime.config, "CPU_NAME", name)
-    monkeypatch.setattr(runtime.config, "CPU_FEATURES", features)
+    monkeypatch.setattr(config, "CPU_NAME", name)
+    monkeypatch.setattr(config, "CPU_FEATURES", features)
     monkeypatch.delenv(runtime.ISA_VARIABLE, raising=False)
     assert " ".join(runtime.host_isas()) == offered
     assert runtime.choose_isa() == offered.split()[0]
@@ -278,12 +335,12 @@ def test_description() -> None:
 
 
 def test_dot_products_are_allowed_where_llvm_does_not_know_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.config, "CPU_NAME", None)
-    monkeypatch.setattr(runtime.config, "CPU_FEATURES", None)
+    monkeypatch.setattr(config, "CPU_NAME", None)
+    monkeypatch.setattr(config, "CPU_FEATURES", None)
     runtime._allow_dot_product()
-    assert runtime.config.CPU_FEATURES.endswith("+dotprod")
+    assert config.CPU_FEATURES.endswith("+dotprod")  # type: ignore[attr-defined]
     for name, features in ((None, "+neon"), ("cortex-a76", None)):
-        monkeypatch.setattr(runtime.config, "CPU_NAME", name)
-        monkeypatch.setattr(runtime.config, "CPU_FEATURES", features)
+        monkeypatch.setattr(config, "CPU_NAME", name)
+        monkeypatch.setattr(config, "CPU_FEATURES", features)
         runtime._allow_dot_product()
-        assert features == runtime.config.CPU_FEATURES
+        assert features == config.CPU_FEATURES  # type: ignore[attr-defined]

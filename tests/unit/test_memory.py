@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 
+from dllama_mpi.architectures.registry import read_model_config
 from dllama_mpi.errors import ClusterError
 from dllama_mpi.kernels.layout import FORMATS, TileFormat
-from dllama_mpi.model.config import ModelConfig
-from dllama_mpi.model.size import buffer_bytes, cache_bytes, weight_bytes
-from dllama_mpi.parallel.partition import shards
+from dllama_mpi.model.buffers import memory_bytes
+from dllama_mpi.model.recipe import WeightRecipe, weight_bytes
 from dllama_mpi.startup.memory import Need, available_bytes, fitting_positions
+from dllama_mpi.startup.options import Kept
+from dllama_mpi.startup.shares import MemoryPlan, shards_of
 from tests.tiny_models import CASES
 
 GB = 10**9
+GQA = read_model_config(CASES["llama3_gqa"].config)
 
 
 def need(host: str, fixed: float, each: int, free: float) -> Need:
@@ -89,24 +92,34 @@ def test_memory_of_this_host_is_told() -> None:
     assert 10**6 < available_bytes() < 10**15
 
 
+def test_states_alone_take_no_room_for_positions() -> None:
+    assert fitting_positions([need("a", 1, 0, 2)], 4096, False) == 4096
+    assert "use more hosts" in refused([need("a", 3, 0, 2)], 4096, False)
+
+
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_weights_of_one_rank_and_of_all(fmt: TileFormat) -> None:
-    c = ModelConfig.from_hf(CASES["llama3_gqa"].config)
-    (whole,) = shards(c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size, [1.0])
+    formats = WeightRecipe.parse(fmt.name).formats(GQA)
+    (whole,) = shards_of(GQA, [1.0])
     # By hand: hidden 128, 8 heads and 2 KV heads of 16, inner 96, vocabulary 172 (11 tiles), 2 layers.
     tiles = 2 * ((8 + 2 + 2 + 8) * 4 + 3 * 6 * 4) + 11 * 4
-    assert weight_bytes(c, whole, fmt) == tiles * fmt.tile_bytes + 4 * 128 * 5
-    parts = shards(c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size, [1.0] * 3)
-    cut = sum(weight_bytes(c, part, fmt) for part in parts)
-    assert weight_bytes(c, whole, fmt) <= cut < 2 * weight_bytes(c, whole, fmt)
+    rows = 2 * (128 + 32 + 32 + 128 + 96 + 96 + 128) + 176
+    scales = 4 * rows if fmt.has_row_scales else 0
+    assert weight_bytes(GQA, whole, formats) == tiles * fmt.tile_bytes + scales + 4 * 128 * 5
+    cut = sum(weight_bytes(GQA, part, formats) for part in shards_of(GQA, [1.0] * 3))
+    assert weight_bytes(GQA, whole, formats) <= cut < 2 * weight_bytes(GQA, whole, formats)
 
 
 def test_cache_and_buffers() -> None:
-    c = ModelConfig.from_hf(CASES["llama3_gqa"].config)
-    parts = shards(c.num_heads, c.num_kv_heads, c.intermediate_size, c.vocab_size, [1.0] * 2)
-    for part in parts:
+    kept = Kept.of(WeightRecipe.parse("q40").formats(GQA))
+    for part in shards_of(GQA, [1.0] * 2):
         # Layers, KV heads, head_dim of keys (to 32s) and values (to 16s), bytes.
-        assert cache_bytes(c, part, "f16") == 2 * 1 * (32 + 16) * 2
-        assert cache_bytes(c, part, "f32") == 2 * cache_bytes(c, part, "f16")
-        assert 0 < buffer_bytes(c, part, 1, 2) < buffer_bytes(c, part, 100, 2)
-        assert buffer_bytes(c, part, 100, 1) < buffer_bytes(c, part, 100, 2)
+        assert memory_bytes(GQA, part, "f16") == (0, 2 * 1 * (32 + 16) * 2)
+        assert memory_bytes(GQA, part, "f32") == (0, 2 * 1 * (32 + 16) * 4)
+        few, many = (MemoryPlan(GQA, kept, tokens).buffers(part, ["a", "b"]) for tokens in (1, 100))
+        assert 0 < few < many
+        plan = MemoryPlan(GQA, kept, 1, slots=3)
+        assert plan.per_position(part) == 3 * 2 * 1 * (32 + 16) * 2
+        assert sum(plan.parts(part, ["a", "b"], 10).values()) == plan.fixed(part, ["a", "b"]) + 10 * plan.per_position(
+            part
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +10,25 @@ import numpy as np
 import pytest
 
 from dllama_mpi.engine import sampler
-from dllama_mpi.engine.llm import LLM
+from dllama_mpi.engine.llm import Prompt
 from dllama_mpi.engine.request import SamplingParams
 from dllama_mpi.engine.step import Step
 from dllama_mpi.errors import DllamaError, RequestError, UsageError
-from dllama_mpi.parallel.group import TensorParallelGroup
-from dllama_mpi.weights.tiles import aligned_empty
+from dllama_mpi.kernels.layout import aligned_empty
 from tests import naive
 from tests.naive import Floats
+from tests.one_rank import OneRank
+from tests.tiers import QUICK_CASES, all_but
 from tests.tiny_models import CASES, GREEDY_TOKENS, Case, load_reference, write_model
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_case_by_tier = pytest.mark.parametrize(
+    "case", all_but([CASES[name] for name in QUICK_CASES], CASES.values()), ids=CASES
+)
 F32_TOLERANCE = 5e-5
 """Largest difference from transformers' float32 logits, which spread over about 10; 1e-5 is measured."""
 GREEDY = SamplingParams(temperature=0, max_tokens=GREEDY_TOKENS, ignore_eos=True)
-Load = Callable[..., LLM]
+Load = Callable[..., OneRank]
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +46,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
 def load(folders: Callable[[Case], Path]) -> Load:
     """Return what loads a case on one rank and one thread, with a context of 64 positions."""
 
-    def loaded(case: Case, **options: Any) -> LLM:
-        given = {"weights": "f32", "nthreads": 1, "max_seq_len": 64} | options
-        return LLM(folders(case), group=TensorParallelGroup(None), **given)
+    def loaded(case: Case, **options: Any) -> OneRank:
+        given: dict[str, Any] = {"weights": "f32", "nthreads": 1, "max_seq_len": 64} | options
+        return OneRank(folders(case), **given)
 
     return loaded
 
@@ -80,7 +84,7 @@ def test_greedy_tokens_are_the_references(case: Case, chunk: int, load: Load) ->
     assert got.finish_reason == "length"
 
 
-@every_case
+@every_case_by_tier
 def test_the_twin_is_right_too(case: Case, folders: Callable[[Case], Path]) -> None:
     reference = load_reference(case)
     got = naive.Model(folders(case), "f32").logits(reference.tokens)
@@ -118,8 +122,8 @@ def test_memory_may_hold_anything_at_first(
 
     tokens = load_reference(case).tokens.tolist()
     clean = load(case, weights=weights)
-    for module in ("linear", "context"):
-        monkeypatch.setattr(f"dllama_mpi.model.{module}.aligned_empty", poisoned)
+    for module in ("weights.tiles", "kernels.matrix"):
+        monkeypatch.setattr(f"dllama_mpi.{module}.aligned_empty", poisoned)
     dirty = load(case, weights=weights)
     np.testing.assert_array_equal(dirty.logits(tokens), clean.logits(tokens))
 
@@ -134,7 +138,7 @@ def short_sequences(case: Case) -> Iterator[np.ndarray]:
     yield from load_reference(case).tokens.reshape(-1, 8)
 
 
-def twin_differences(case: Case, weights: str, folder: Path, llm: LLM) -> tuple[Floats, Floats]:
+def twin_differences(case: Case, weights: str, folder: Path, llm: OneRank) -> tuple[Floats, Floats]:
     """Return for each token of short sequences the largest difference of a logit from the naive twin, and the largest
     that quantisation makes to the twin itself.
     """
@@ -149,7 +153,7 @@ def twin_differences(case: Case, weights: str, folder: Path, llm: LLM) -> tuple[
 
 
 @pytest.mark.parametrize("weights", ["q40", "q80"])
-@every_case
+@every_case_by_tier
 def test_quantised_model_is_its_twin(case: Case, weights: str, folders: Callable[[Case], Path], load: Load) -> None:
     """Compare with tolerance 1e-4, but for the few tokens where a rounding went the other way.
 
@@ -163,7 +167,7 @@ def test_quantised_model_is_its_twin(case: Case, weights: str, folders: Callable
     assert difference.max() < 0.25
 
 
-@every_case
+@every_case_by_tier
 def test_f16_model_is_its_twin(case: Case, folders: Callable[[Case], Path], load: Load) -> None:
     """Compare with tolerance 3e-3: keys and values are rounded to float16, now and then to the other side."""
     difference, effect = twin_differences(case, "f16", folders(case), load(case, weights="f16"))
@@ -302,12 +306,13 @@ def test_a_step_that_failed_is_not_taken_for_fed(load: Load, monkeypatch: pytest
 def test_a_generator_may_be_left_early(load: Load) -> None:
     case = CASES["llama2"]
     llm, params = load(case, max_batch=2), SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-    many = prompts(case)[:3]
+    many: list[Prompt] = list(prompts(case)[:3])
     ref = llm.generate(many, params)
     with llm.session():
         running = llm.engine.run([llm.request(prompt, params) for prompt in many], ref[0].stats)
         for _ in range(4):
             next(running)
+        assert isinstance(running, Generator)
         running.close()
         assert [r.token_ids for r in llm.generate(many, params)] == [r.token_ids for r in ref]
 
@@ -328,7 +333,7 @@ def test_generation_ends_at_a_declared_stop_token(folders: Callable[[Case], Path
     stop = reference.greedy.tolist()[9]
     at = reference.greedy.tolist().index(stop)
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": [{stop}]}}')
-    llm = LLM(folder, group=TensorParallelGroup(None), weights="f32", nthreads=1)
+    llm = OneRank(folder, weights="f32", nthreads=1)
     got = llm.generate(reference.greedy_prompt.tolist(), SamplingParams(temperature=0, max_tokens=24))
     assert (got.token_ids, got.finish_reason) == (reference.greedy.tolist()[:at], "stop")
 
@@ -353,7 +358,10 @@ def test_a_prompt_that_cannot_be(prompt: list[int], message: str, load: Load) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weights": "q50"}, "weights is 'q50'; it must be one of q40, q80, f16, f32"),
+        (
+            {"weights": "q50"},
+            "--weights q50: 'q50' is no format; known are q40, q4m, iq4nl, mxfp4, q80, f16, f32",
+        ),
         ({"buffer_float_type": "q40"}, "buffer_float_type is 'q40'; it must be one of f32, f16, q80"),
         ({"kv_type": "q4"}, "kv_type is 'q4'; it must be one of f16, f32, q80"),
         ({"nthreads": 0}, "nthreads is 0; it must be at least 1"),

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from dllama_mpi.parallel.network import Link, host_pairs, interpolate, measure_links
+from dllama_mpi.parallel.network import LinkCurve, host_pairs, interpolate, measure_links
 
 
 def test_a_straight_link() -> None:
-    link = Link.of(2e-3, 1e6)
+    link = LinkCurve.of(2e-3, 1e6)
     assert link.latency == 2e-3
     assert link.bytes_per_second == pytest.approx(1e6)
     assert link.seconds(0) == 2e-3
@@ -17,7 +17,7 @@ def test_a_straight_link() -> None:
 
 
 def test_a_link_of_several_pieces() -> None:
-    link = Link(((64.0, 1e-5), (1024.0, 2e-5), (2048.0, 6e-5)))
+    link = LinkCurve(((64.0, 1e-5), (1024.0, 2e-5), (2048.0, 6e-5)))
     assert link.seconds(1) == 1e-5
     assert link.seconds(544) == pytest.approx(1.5e-5)
     assert link.seconds(1024) == pytest.approx(2e-5)

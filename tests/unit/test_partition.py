@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from dllama_mpi.errors import UsageError
-from dllama_mpi.parallel.partition import Range, Shard, cut, parse_split, shards
+from dllama_mpi.parallel.partition import Axis, Range, Shard, cut, parse_split, shards
 
 RANKS = range(1, 12)
 
@@ -87,53 +88,89 @@ def test_too_few_units_for_the_least() -> None:
         cut(5, [1, 1, 1], least=2)
 
 
+class Axes(NamedTuple):
+    """The axes of a dense model; heads have 4 elements."""
+
+    heads: Axis
+    kv_heads: Axis
+    inner: Axis
+    vocab: Axis
+
+    def cut(self, shares: list[float]) -> list[Shard]:
+        """Return every rank's shard."""
+        return shards([(self.heads, None), (self.kv_heads, self.heads), (self.inner, None), (self.vocab, None)], shares)
+
+
+def axes(heads: int, kv_heads: int, inner: int, vocab: int) -> Axes:
+    """Return the axes of a model."""
+    return Axes(
+        Axis("heads", heads, 4, 4 * heads, least=1, limit="num_attention_heads"),
+        Axis("kv_heads", kv_heads, 4, 4 * kv_heads, group=heads // kv_heads),
+        Axis.of("inner", inner, 32),
+        Axis.of("vocab", vocab, 16),
+    )
+
+
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (6, 3), (7, 1), (28, 4), (32, 8)])
 @pytest.mark.parametrize(("inner", "vocab"), [(160, 160), (100, 163), (11008, 32000), (32, 16), (1, 1)])
 def test_shards_cover_the_model(heads: int, kv_heads: int, inner: int, vocab: int) -> None:
+    model = axes(heads, kv_heads, inner, vocab)
     for ranks in range(1, heads + 1):
         for shares in ([1.0] * ranks, [float(rank + 1) for rank in range(ranks)], [0.05] + [1.0] * (ranks - 1)):
-            parts = shards(heads, kv_heads, inner, vocab, shares)
-            assert_covers([p.heads for p in parts], heads)
-            assert_covers([p.intermediate for p in parts], inner)
-            assert_covers([p.vocab for p in parts], vocab)
-            check_units(parts, heads // kv_heads)
+            parts = model.cut(shares)
+            assert [part.rank for part in parts] == list(range(ranks))
+            for axis in (model.heads, model.inner, model.vocab):
+                assert_covers([part.units(axis) for part in parts], axis.units)
+                assert_covers([part.elements(axis) for part in parts], axis.total)
+            for part in parts:
+                check_units(part, model)
 
 
-def check_units(parts: list[Shard], group: int) -> None:
-    """Check that every rank has heads with exactly the KV heads they read, and ranges that begin at whole units."""
-    for part in parts:
-        assert part.heads[1] > part.heads[0]
-        read = {head // group for head in range(*part.heads)}
-        assert set(range(*part.kv_heads)) == read
-        for start, stop in (part.intermediate, part.vocab):
-            assert start <= stop
-    for part in parts:
-        empty = part.intermediate[0] == part.intermediate[1]
-        assert empty or part.intermediate[0] % 32 == 0
-        assert part.vocab[0] == part.vocab[1] or part.vocab[0] % 16 == 0
+def check_units(part: Shard, model: Axes) -> None:
+    """Check that a rank has heads with exactly the KV heads they read, and elements that are whole units."""
+    first, last = part.units(model.heads)
+    assert last > first
+    group = model.heads.units // model.kv_heads.units
+    assert set(range(*part.units(model.kv_heads))) == {head // group for head in range(first, last)}
+    for axis in model:
+        (first, last), (start, stop) = part.units(axis), part.elements(axis)
+        assert 0 <= first <= last <= axis.units
+        assert start == stop if first == last else start % axis.size == 0
+        assert stop - start == sum(min(axis.size, axis.total - axis.size * unit) for unit in range(first, last))
 
 
 def test_shards_in_proportion() -> None:
-    large, small = shards(32, 8, 11008, 32000, [3, 1])
-    assert large == Shard(heads=(0, 24), kv_heads=(0, 6), intermediate=(0, 8256), vocab=(0, 24000))
-    assert small == Shard(heads=(24, 32), kv_heads=(6, 8), intermediate=(8256, 11008), vocab=(24000, 32000))
+    model = axes(32, 8, 11008, 32000)
+    large, small = model.cut([3, 1])
+    assert [large.elements(axis) for axis in model] == [(0, 96), (0, 24), (0, 8256), (0, 24000)]
+    assert [small.elements(axis) for axis in model] == [(96, 128), (24, 32), (8256, 11008), (24000, 32000)]
+    assert [large.units(axis) for axis in model] == [(0, 24), (0, 6), (0, 258), (0, 1500)]
 
 
 def test_a_kv_head_cut_between_ranks_lives_on_both() -> None:
-    first, second = shards(6, 3, 64, 64, [1, 1])
-    assert (first.heads, second.heads) == ((0, 3), (3, 6))
-    assert (first.kv_heads, second.kv_heads) == ((0, 2), (1, 3))
+    model = axes(6, 3, 64, 64)
+    first, second = model.cut([1, 1])
+    assert (first.units(model.heads), second.units(model.heads)) == ((0, 3), (3, 6))
+    assert (first.units(model.kv_heads), second.units(model.kv_heads)) == ((0, 2), (1, 3))
 
 
 def test_ranks_without_columns_or_rows() -> None:
-    parts = shards(4, 4, 40, 20, [1.0] * 4)
-    assert [p.intermediate for p in parts] == [(0, 32), (32, 40), (40, 40), (40, 40)]
-    assert [p.vocab for p in parts] == [(0, 16), (16, 20), (20, 20), (20, 20)]
+    model = axes(4, 4, 40, 20)
+    parts = model.cut([1.0] * 4)
+    assert [part.elements(model.inner) for part in parts] == [(0, 32), (32, 40), (40, 40), (40, 40)]
+    assert [part.elements(model.vocab) for part in parts] == [(0, 16), (16, 20), (20, 20), (20, 20)]
+
+
+def test_axes_of_the_same_units_are_cut_alike() -> None:
+    """Whatever a unit's size is in a tensor, the units are whose they are."""
+    wide, narrow = Axis("heads", 7, 24, 7 * 24, least=1), Axis("heads", 7, 1, 7, least=1)
+    for part in shards([(wide, None), (narrow, None)], [1, 5, 2]):
+        assert part.units(wide) == part.units(narrow) == part.elements(narrow)
 
 
 def test_more_ranks_than_heads() -> None:
     with pytest.raises(UsageError, match="num_attention_heads is 28; 29 ranks asked for; use at most 28"):
-        shards(28, 4, 64, 64, [1.0] * 29)
+        axes(28, 4, 64, 64).cut([1.0] * 29)
 
 
 @pytest.mark.parametrize(

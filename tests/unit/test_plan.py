@@ -9,21 +9,29 @@ import pytest
 
 from dllama_mpi.cli.plan import _text
 from dllama_mpi.errors import UsageError
-from dllama_mpi.kernels.layout import F16, Q40
-from dllama_mpi.model.config import ModelConfig
-from dllama_mpi.model.shapes import shape_config
-from dllama_mpi.parallel.network import Link, Network
+from dllama_mpi.model.recipe import WeightRecipe
+from dllama_mpi.parallel.network import LinkCurve, Network
 from dllama_mpi.planning.costs import AllReduces, Cluster, Host, Speeds
 from dllama_mpi.planning.plan import Question, plan
+from dllama_mpi.startup.opening import model_config
+from dllama_mpi.startup.options import Kept
+from tests.small_models import STATE
 
-ONE_B = ModelConfig.from_hf(shape_config("llama3.2-1b"))
-QUESTION = Question(ONE_B, Q40, "f16", "f32", max_seq_len=4096)
+ONE_B = model_config("random:llama3.2-1b")
+
+
+def kept(weights: str, kv_type: str | None = None) -> Kept:
+    """Return how the 1B shape is kept."""
+    return Kept.of(WeightRecipe.parse(weights).formats(ONE_B), kv_type, "f32")
+
+
+QUESTION = Question(ONE_B, kept("q40"), max_seq_len=4096)
 
 
 def cluster(rates: list[float], free: list[float], latency: float = 5e-5) -> Cluster:
     """Return hosts h0, h1, ... with so many GB/s in decode and GB free, on gigabit Ethernet."""
     names = tuple(f"h{i}" for i in range(len(rates)))
-    links = {(a, b): Link.of(latency, 117e6) for a in names for b in names if a < b}
+    links = {(a, b): LinkCurve.of(latency, 117e6) for a in names for b in names if a < b}
     network = Network(names, links)
     speeds = [Speeds(1e9 * rate, 4e9 * rate, layer_seconds=1e-5) for rate in rates]
     hosts = tuple(Host(n, 1, 4, None, int(1e9 * f), 1e9 * r) for n, f, r in zip(names, free, rates, strict=True))
@@ -74,7 +82,7 @@ def test_what_to_change_where_it_does_not_fit() -> None:
 
 
 def test_smaller_weights_are_advised() -> None:
-    advice = plan(replace(QUESTION, format=F16), cluster([10], [2.0]))["advice"]
+    advice = plan(replace(QUESTION, kept=kept("f16")), cluster([10], [2.0]))["advice"]
     assert "1 rank: --weights q80 fits" in advice
     assert "1 rank: --weights q40 fits" in advice
 
@@ -104,8 +112,19 @@ def test_shares_by_hand() -> None:
 
 
 def test_no_more_ranks_than_heads() -> None:
-    tiny = replace(QUESTION, config=ModelConfig.from_hf(shape_config("tiny")), max_seq_len=64)
+    tiny = replace(QUESTION, config=(config := model_config("random:tiny")), max_seq_len=64)
+    tiny = replace(tiny, kept=Kept.of(WeightRecipe.parse("q40").formats(config)))
     assert len(plan(tiny, cluster([1] * 10, [8] * 10))["counts"]) == 8
+
+
+def test_states_and_cache_are_told_apart() -> None:
+    formats = WeightRecipe.parse("q40,lm_head=q80").formats(STATE)
+    report = plan(Question(STATE, Kept.of(formats), max_seq_len=512), cluster([10, 10], [8, 8]))
+    for count in report["counts"]:
+        for memory in count["memory"]:
+            held = {name: memory[f"{name}_bytes"] for name in ("weights", "kv_cache", "states", "buffers")}
+            assert min(held.values()) > 0
+            assert sum(held.values()) == memory["total_bytes"]
 
 
 def test_unknown_prefill() -> None:

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from dllama_mpi import LLM, SamplingParams
+from dllama_mpi.architectures.registry import read_model_config
 from dllama_mpi.errors import UsageError
-from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS
-from dllama_mpi.model.config import ModelConfig
-from dllama_mpi.model.names import check_files
+from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS, TileFormat
+from dllama_mpi.model.build import check_files
+from dllama_mpi.model.config import AttentionConfig, DeltaNetConfig, ExpertsConfig, MLPConfig
+from dllama_mpi.model.recipe import parameters
 from dllama_mpi.model.shapes import SHAPES, shape_config
 from dllama_mpi.planning.bench import Bench, Test, combine
 from dllama_mpi.startup.opening import open_model
@@ -24,17 +26,29 @@ PUBLISHED = {  # parameters as the models' cards give them, in billions
     "qwen3-4b": 4.02,
     "qwen2.5-7b": 7.62,
     "mistral-7b": 7.25,
+    "qwen3-30b-a3b": 30.53,
 }
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_are_those_of_the_models(name: str) -> None:
-    config = ModelConfig.from_hf(shape_config(name))
+    config = read_model_config(shape_config(name))
     if name in PUBLISHED:
-        assert config.parameters / 1e9 == pytest.approx(PUBLISHED[name], abs=0.006)
-    for size in (config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim):
-        assert size % BLOCK == 0  # so that no tile has padding
-    assert config.head_dim % ROWS == config.vocab_size % ROWS == 0
+        assert parameters(config) / 1e9 == pytest.approx(PUBLISHED[name], abs=0.006)
+    assert config.hidden_size % BLOCK == config.vocab_size % ROWS == 0
+    for layer in config.layers:
+        feed = layer.feed.expert if isinstance(layer.feed, ExpertsConfig) else layer.feed
+        assert isinstance(feed, MLPConfig)
+        sizes = [feed.intermediate_size]
+        if isinstance(layer.mixer, AttentionConfig):
+            sizes.append(layer.mixer.num_heads * layer.mixer.head_dim)
+            assert layer.mixer.head_dim % ROWS == 0
+        elif isinstance(layer.mixer, DeltaNetConfig):
+            sizes += [
+                layer.mixer.num_key_heads * layer.mixer.key_dim,
+                layer.mixer.num_value_heads * layer.mixer.value_dim,
+            ]
+        assert all(size % BLOCK == 0 for size in sizes)  # so that no tile has padding
 
 
 def test_unknown_shape() -> None:
@@ -43,38 +57,55 @@ def test_unknown_shape() -> None:
 
 
 def test_the_source_fits_the_config() -> None:
-    for name in ("tiny", "qwen3-0.6b", "qwen2.5-7b"):
-        _, config, source = open_model(f"random:{name}")
-        check_files(source, config)
-        assert ("lm_head.weight" in source) is not config.tie_word_embeddings
-        assert source.fingerprint() == open_model(f"random:{name}")[2].fingerprint()
+    lineages = set()
+    for name in ("tiny", "qwen3-0.6b", "qwen2.5-7b", "qwen3-30b-a3b"):
+        files = open_model(f"random:{name}")
+        source, formats = files.whole, files.formats(None)
+        check_files(source, files.config)
+        assert ("lm_head.weight" in source) is not files.config.tie_word_embeddings
+        assert source.lineage(formats) == open_model(f"random:{name}").whole.lineage(formats)
+        lineages.add(source.lineage(formats))
+    assert len(lineages) == 4
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
-def test_values_are_sane_and_the_same_in_any_cut(fmt) -> None:
-    _, _, source = open_model("random:tiny")
-    name, shape = "model.layers.1.mlp.down_proj.weight", (256, 768)
-    whole = load_matrix(source, name, shape, (0, 256), (0, 768), fmt)
-    assert whole.tiles.shape == fmt.shape(*shape)
+def test_values_are_sane_and_the_same_in_any_cut(fmt: TileFormat) -> None:
+    source = open_model("random:tiny").whole
+    tensor, shape = source["model.layers.1.mlp.down_proj.weight"], (256, 768)
+    whole = load_matrix(tensor, shape, ((0, 256), (0, 768)), fmt)
+    assert whole.tiles.shape == (1, *fmt.shape(*shape))
     assert whole.tiles.ctypes.data % 64 == 0
     values = whole.to_float32()
     assert np.isfinite(values).all()
     assert 0.015 < values.std() < 0.025
-    part = load_matrix(source, name, shape, (32, 80), (96, 320), fmt)
+    part = load_matrix(tensor, shape, ((32, 80), (96, 320)), fmt)
     np.testing.assert_array_equal(part.to_float32(), values[32:80, 96:320])
-    other = load_matrix(source, "model.layers.0.mlp.down_proj.weight", shape, (0, 256), (0, 768), fmt)
+    other = load_matrix(source["model.layers.0.mlp.down_proj.weight"], shape, ((0, 256), (0, 768)), fmt)
     assert not np.array_equal(other.tiles, whole.tiles)
 
 
+@pytest.mark.parametrize("fmt", ["q40", "q4m"])
+def test_experts_are_the_same_in_any_cut(fmt: str) -> None:
+    source, name = open_model("random:qwen3-30b-a3b:1").whole, "model.layers.0.mlp.experts.up_proj.weight"
+    shape = (128, 768, 2048)
+    some = load_matrix(source[name], shape, ((3, 6), (0, 768), (0, 2048)), FORMATS[fmt])
+    part = load_matrix(source[name], shape, ((4, 6), (32, 80), (96, 320)), FORMATS[fmt])
+    for i in range(2):
+        np.testing.assert_array_equal(part.to_float32(i), some.to_float32(i + 1)[32:80, 96:320])
+        assert 0.015 < some.to_float32(i).std() < 0.025
+        assert not np.array_equal(some.tiles[i], some.tiles[i + 1])
+
+
 def test_vectors_and_table() -> None:
-    _, _, source = open_model("random:tiny")
-    np.testing.assert_array_equal(load_vector(source, "model.norm.weight", 256), np.ones(256))
+    source = open_model("random:tiny").whole
+    np.testing.assert_array_equal(load_vector(source["model.norm.weight"], (256,), ((0, 256),)), np.ones(256))
     table = source["model.embed_tokens.weight"]
-    assert table.data.shape == (2048, 256)
-    rows = [table.rows(i, i + 1)[0] for i in (0, 7, 2047)]
+    assert table.shape == table.data.shape == (2048, 256)
+    rows = [table.values(((i, i + 1), (0, 256)))[0] for i in (0, 7, 2047)]
     assert all(0.01 < row.std() < 0.03 for row in rows)
     assert not np.array_equal(rows[0], rows[1])
-    np.testing.assert_array_equal(rows[1], open_model("random:tiny")[2]["model.embed_tokens.weight"].rows(7, 8)[0])
+    again = open_model("random:tiny").whole["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(rows[1], again.values(((7, 8), (0, 256)))[0])
 
 
 def test_names_and_sizes_of_tests() -> None:

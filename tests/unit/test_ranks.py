@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 
 from dllama_mpi.engine.rank_report import (
-    Link,
     RankTimes,
     Stopwatch,
     pi_flags,
     reports,
     table_lines,
 )
+from dllama_mpi.parallel.star import StarLink
 
 FAST = RankTimes(
     share=0.25,
@@ -32,7 +32,7 @@ EAGER = replace(FAST, compute_seconds=5.0, wait_seconds=4.1)
 HOSTS = ["pi0", "pi1", "pi2"]
 
 
-def _remarks(times: list[RankTimes], links: list[Link | None] | None = None) -> list[str]:
+def _remarks(times: list[RankTimes], links: list[StarLink | None] | None = None) -> list[str]:
     return [report.remark for report in reports(HOSTS[: len(times)], times, links)]
 
 
@@ -53,7 +53,7 @@ def test_the_slow_one_is_marked_with_the_cause(slow: RankTimes, words: str) -> N
 
 def test_the_slow_link_is_marked_when_all_wait() -> None:
     waiting = replace(FAST, compute_seconds=3.0, wait_seconds=6.0)
-    links: list[Link | None] = [None, (50e-6, 118e6), (300e-6, 11.8e6)]
+    links: list[StarLink | None] = [None, StarLink(50e-6, 118e6), StarLink(300e-6, 11.8e6)]
     assert _remarks([waiting] * 3, links) == ["", "", "slowest link: 94 Mbit/s, 300 us"]
     assert _remarks([EAGER, SLOW, EAGER], links) == ["", "computes slowly", ""]
 
@@ -73,7 +73,9 @@ def test_ranks_of_one_host_are_not_each_others_other_load() -> None:
 
 
 def test_the_table_has_a_line_for_each_rank() -> None:
-    head, *rows = table_lines(reports(HOSTS, [EAGER, SLOW, EAGER], [None, (50e-6, 118e6), (60e-6, 117e6)]))
+    head, *rows = table_lines(
+        reports(HOSTS, [EAGER, SLOW, EAGER], [None, StarLink(50e-6, 118e6), StarLink(60e-6, 117e6)])
+    )
     assert head.split()[:3] == ["rank", "host", "share"]
     assert [row.split()[1] for row in rows] == HOSTS
     assert rows[1].endswith("944 Mbit/s 50 us  computes slowly")

@@ -23,10 +23,11 @@ class Machine:
     steps are packed.
     """
 
-    def __init__(self, slots: int, chunk: int, reuse: bool = False) -> None:
-        self.scheduler = Scheduler(slots, chunk)
+    def __init__(self, slots: int, chunk: int, reuse: bool = False, rewinds: bool = True) -> None:
+        self.scheduler = Scheduler(slots, chunk, rewinds)
         self.scheduler.reuse = reuse
-        self.slots, self.chunk = slots, chunk
+        self.slots, self.chunk, self.rewinds = slots, chunk, rewinds
+        self.stands = [0] * slots  # how many tokens each slot's state has taken
         self.cache: dict[tuple[int, int], int] = {}
         self.fed = 0
 
@@ -40,6 +41,8 @@ class Machine:
         plan.commit()
         for token, position, slot in zip(batch.token_ids, batch.positions, batch.slots, strict=True):
             assert 0 <= slot < self.slots
+            assert self.rewinds or position in (0, self.stands[slot])
+            self.stands[slot] = int(position) + 1
             self.cache[int(slot), int(position)] = int(token)
             seen = [(int(s), p) in self.cache for s, p in ((slot, p) for p in range(position))]
             assert all(seen)
@@ -146,11 +149,11 @@ def test_sequences_wait_for_a_slot_in_order() -> None:
     assert all(s.tokens == expected([n], n + 3) for n, s in enumerate(many))
 
 
-@pytest.mark.parametrize("reuse", [False, True])
-def test_any_packing_gives_the_same_tokens(reuse: bool) -> None:
+@pytest.mark.parametrize(("reuse", "rewinds"), [(False, True), (True, True), (True, False)])
+def test_any_packing_gives_the_same_tokens(reuse: bool, rewinds: bool) -> None:
     rng = np.random.default_rng(1)
     for _ in range(60):
-        machine = Machine(int(rng.integers(1, 5)), int(rng.integers(1, 12)), reuse)
+        machine = Machine(int(rng.integers(1, 5)), int(rng.integers(1, 12)), reuse, rewinds)
         prompts: list[list[int]] = [rng.integers(0, 3, rng.integers(1, 20)).tolist() for _ in range(8)]
         limits = [len(prompt) + int(rng.integers(1, 10)) for prompt in prompts]
         sequences = [sequence(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
@@ -274,6 +277,33 @@ def test_the_slot_with_the_longest_common_part_is_taken() -> None:
         assert again.slot == held[n].slot
 
 
+def test_a_state_serves_what_begins_with_all_that_it_has_taken() -> None:
+    machine = Machine(1, 100, reuse=True, rewinds=False)
+    first = sequence([1, 2, 3, 4], 7)
+    machine.run(first)  # 6 of its 7 tokens were fed
+    again = sequence([*first.tokens, 9], 10)
+    assert machine.run(again)[0].batch.positions.tolist() == [6, 7]
+    assert again.tokens == expected([*first.tokens, 9], 10)
+
+
+@pytest.mark.parametrize("prompt", [[1, 2, 3, 4], [1, 2, 3, 4, 0], [1, 2, 9, 4, 5, 6, 7, 8]])
+def test_a_state_does_not_go_back(prompt: list[int]) -> None:
+    """Neither by one token, for the logits of a prompt's last, nor to where another prompt turns off."""
+    machine = Machine(1, 100, reuse=True, rewinds=False)
+    machine.run(sequence([1, 2, 3, 4], 7))
+    assert machine.run(sequence(prompt, len(prompt) + 1))[0].batch.positions.tolist() == list(range(len(prompt)))
+
+
+def test_among_states_the_one_that_serves_is_taken() -> None:
+    machine = Machine(3, 100, reuse=True, rewinds=False)
+    held = [sequence([n, *range(10 + n)], 13 + n) for n in range(3)]
+    machine.run(*held)
+    for n in (1, 0, 2):
+        again = sequence([*held[n].tokens, 30], len(held[n].tokens) + 2)
+        assert machine.run(again)[0].batch.tokens == 2
+        assert again.slot == held[n].slot
+
+
 def test_without_reuse_everything_is_fed() -> None:
     machine = Machine(1, 100)
     for _ in range(2):
@@ -310,7 +340,8 @@ def test_a_step_survives_its_bytes(want: Want, tokens: int, rows: int) -> None:
     table = np.zeros(rows, ROW)
     for name in ROW.names or ():
         table[name] = rng.integers(0, 100, rows)
-    step = Step(Batch(*columns, rng.integers(0, 9, rows, dtype=np.int32)), table, want)
+    ids, positions, slots, lengths = columns
+    step = Step(Batch(ids, positions, slots, lengths, rng.integers(0, 9, rows, dtype=np.int32)), table, want)
     got = Step.from_bytes(step.to_bytes())
     assert got.want is want
     np.testing.assert_array_equal(got.rows, table)

@@ -6,21 +6,24 @@ import random
 
 import pytest
 
-from dllama_mpi.errors import ClusterError
-from dllama_mpi.kernels.layout import Q40
-from dllama_mpi.model.config import ModelConfig
-from dllama_mpi.model.shapes import shape_config
+from dllama_mpi.errors import ClusterError, UsageError
+from dllama_mpi.model.recipe import WeightRecipe
+from dllama_mpi.model.tensors import heads_axis
 from dllama_mpi.startup.memory import Need, fitting_positions, usable_bytes
-from dllama_mpi.startup.shares import MemoryPlan, fitting_shares, shards_of, split_line
+from dllama_mpi.startup.opening import model_config
+from dllama_mpi.startup.options import Kept
+from dllama_mpi.startup.shares import MemoryPlan, fitting_shares, most_ranks, shards_of, split_line
+from tests.small_models import DENSE, HYBRID, STATE
 
 GB = 10**9
-ONE_B = ModelConfig.from_hf(shape_config("llama3.2-1b"))  # 0.70 GB in q40
+ONE_B = model_config("random:llama3.2-1b")  # 0.70 GB in q40
+KEPT = Kept.of(WeightRecipe.parse("q40").formats(ONE_B))
 PLENTY = 64 * GB
 
 
 def plan(max_seq_len: int | None = 1024) -> MemoryPlan:
     """Return what decides the memory of the 1B shape."""
-    return MemoryPlan(ONE_B, Q40, "f16", 257, 1, max_seq_len)
+    return MemoryPlan(ONE_B, KEPT, 257, 1, max_seq_len)
 
 
 def shares(speeds: list[float], free: list[int], names: str = "", max_seq_len: int | None = 1024) -> list[float]:
@@ -33,7 +36,7 @@ def shares(speeds: list[float], free: list[int], names: str = "", max_seq_len: i
 
 def needed(found: list[float], free: list[int], max_seq_len: int = 1024) -> list[int]:
     """Return the bytes that each rank needs."""
-    hosts = [("x", f) for f in free]
+    hosts = [(f"x{i}", f) for i, f in enumerate(free)]
     return [n.fixed + max_seq_len * n.per_position for n in plan().needs(shards_of(ONE_B, found), hosts)]
 
 
@@ -78,7 +81,15 @@ def test_what_one_bound_host_leaves_may_bind_the_next() -> None:
 def test_every_rank_keeps_a_head() -> None:
     found = shares([1e12, 1.0, 1.0], [PLENTY] * 3)
     parts = shards_of(ONE_B, found)
-    assert [p.heads[1] - p.heads[0] for p in parts] == [30, 1, 1]
+    ranges = [p.units(heads_axis(ONE_B.attentions[0])) for p in parts]
+    assert [last - first for first, last in ranges] == [30, 1, 1]
+
+
+def test_the_most_ranks() -> None:
+    assert most_ranks(ONE_B) == 32
+    assert [most_ranks(c) for c in (DENSE, HYBRID, STATE)] == [8, 4, 8]
+    with pytest.raises(UsageError, match="linear_num_value_heads is 4; 5 ranks asked for; use at most 4"):
+        shards_of(HYBRID, [1.0] * 5)
 
 
 def test_a_short_context_where_the_usual_one_does_not_fit() -> None:

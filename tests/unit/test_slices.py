@@ -6,7 +6,6 @@ import tracemalloc
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,38 +13,37 @@ from safetensors.numpy import load_file
 
 from dllama_mpi.errors import ModelError
 from dllama_mpi.kernels.layout import FORMATS
-from dllama_mpi.model.config import ModelConfig
-from dllama_mpi.model.context import Context
-from dllama_mpi.model.names import slice_parts, vector_shapes
-from dllama_mpi.model.transformer import Transformer
-from dllama_mpi.parallel.group import TensorParallelGroup
-from dllama_mpi.parallel.partition import Shard, shards
+from dllama_mpi.model.build import RankWeights, load
+from dllama_mpi.model.recipe import WeightRecipe, slice_parts, whole_parts
+from dllama_mpi.model.tensors import TABLE
+from dllama_mpi.startup.opening import open_model
+from dllama_mpi.startup.shares import shards_of
 from dllama_mpi.weights import slices as module
-from dllama_mpi.weights.checkpoint import Checkpoint
-from dllama_mpi.weights.files import TABLE, Entry, File, Part
+from dllama_mpi.weights.checkpoint import SCALES, Checkpoint
+from dllama_mpi.weights.files import Entry, File
 from dllama_mpi.weights.slices import (
     CHECKSUMS,
     DamagedSlice,
-    Recipe,
+    Manifest,
+    Parts,
     SliceCheckpoint,
     SliceInMemory,
+    SlicePart,
     SliceReader,
     slices_in,
 )
+from dllama_mpi.weights.source import WeightSource
 from dllama_mpi.weights.tiles import TileMatrix, load_matrix, load_vector
 from tests.tiny_models import CASES, write_model
+from tests.unit.test_convert import convert_folder
 
 SPLITS = ((1.0,), (1.0, 5.0, 2.0))
+SHARES = (1.0, 5.0, 2.0)
 
 
-def cut(config: ModelConfig, split: tuple[float, ...]) -> list[Shard]:
-    """Return the shards of a model."""
-    return shards(config.num_heads, config.num_kv_heads, config.intermediate_size, config.vocab_size, split)
-
-
-def write(source: Checkpoint, recipe: Recipe, file: File, path: Path) -> SliceCheckpoint:
+def write(source: WeightSource, file: File, path: Path) -> SliceCheckpoint:
     """Write a slice file and open it."""
-    reader = SliceReader(source, recipe.format, file)
+    reader = SliceReader(source, file)
     with path.open("wb") as out:
         out.write(file.header)
         for index in range(len(file.entries)):
@@ -55,27 +53,24 @@ def write(source: Checkpoint, recipe: Recipe, file: File, path: Path) -> SliceCh
     return SliceCheckpoint(path)
 
 
-def receive(source: Checkpoint, recipe: Recipe, file: File) -> Checkpoint:
+def receive(source: WeightSource, file: File, manifest: Manifest, parts: Parts) -> WeightSource:
     """Return a slice in memory."""
-    sink, reader = SliceInMemory(file, recipe), SliceReader(source, recipe.format, file)
+    sink, reader = SliceInMemory(file, manifest, parts), SliceReader(source, file)
     for index in range(len(file.entries)):
         for entry, start, data in reader.read(index):
             sink.write(entry, start, data)
     return sink.finish()
 
 
-def held(value: Any) -> list[np.ndarray]:
-    """Return every array of weights in a model, in the order in which its parts were made."""
-    if isinstance(value, np.ndarray):
-        return [value]
-    if isinstance(value, TileMatrix):
-        return [value.tiles]
-    if isinstance(value, list):
-        return [array for each in value for array in held(each)]
-    if type(value).__module__.startswith("dllama_mpi.model") and not isinstance(value, (ModelConfig, Context)):
-        kept = {k: v for k, v in vars(value).items() if "matrices" not in k}  # addresses of the tiles
-        return [array for each in kept.values() for array in held(each)]
-    return []
+def held(weights: RankWeights) -> dict[str, np.ndarray]:
+    """Return every array of a rank's weights by name, row scales beside their matrices."""
+    found: dict[str, np.ndarray] = {}
+    for name, value in weights.held.items():
+        if isinstance(value, TileMatrix):
+            found |= {name: value.tiles, name + SCALES: value.row_scales}
+        else:
+            found[name] = value
+    return found
 
 
 class Made:
@@ -83,15 +78,17 @@ class Made:
 
     def __init__(self, folder: Path, case: str = "llama3_gqa", weights: str = "q40") -> None:
         write_model(CASES[case], folder / "model")
-        self.config, self.source = ModelConfig.load(folder / "model"), Checkpoint(folder / "model")
-        self.recipe = Recipe.of(self.source, FORMATS[weights], vector_shapes(self.config))
-        self.parts = slice_parts(self.config, cut(self.config, (1.0, 5.0, 2.0))[1])
-        self.file = self.recipe.file(self.parts, "rank 1 of 3")
+        opened = open_model(str(folder / "model"))
+        self.config, self.source = opened.config, opened.whole
+        self.formats = WeightRecipe.parse(weights).formats(self.config)
+        self.parts = slice_parts(self.config, shards_of(self.config, SHARES)[1])
+        self.manifest = Manifest.of(self.source, self.formats, self.parts)
+        self.file = self.manifest.file(self.parts, "rank 1 of 3")
         self.path = folder / "slice.safetensors"
 
     def write(self) -> SliceCheckpoint:
         """Write the file and open it."""
-        return write(self.source, self.recipe, self.file, self.path)
+        return write(self.source, self.file, self.path)
 
 
 @pytest.fixture
@@ -103,29 +100,73 @@ def made(tmp_path: Path) -> Made:
 # ---- what is held
 
 
-@pytest.mark.parametrize(("case", "weights"), [*((case, "q40") for case in CASES), ("qwen2", "f16"), ("qwen2", "f32")])
+RECIPES = ("f16", "f32", "q80", "q4m", "mxfp4", "q4m,lm_head=q80", "q80,down=q4m,attention=f16")
+
+
+@pytest.mark.parametrize(
+    ("case", "weights"),
+    [*((case, "q40") for case in CASES), *(("qwen2", each) for each in RECIPES), ("llama_heads6", "q4m")],
+)
 def test_a_model_loads_the_same_from_its_slice(case: str, weights: str, tmp_path: Path) -> None:
-    """The slice holds exactly what the layers ask for, whatever the architecture and the split."""
-    source, config = Checkpoint(write_model(CASES[case], tmp_path)), ModelConfig.load(tmp_path)
-    recipe = Recipe.of(source, FORMATS[weights], vector_shapes(config))
+    """The slice holds exactly what the layers ask for, whatever the architecture, the recipe and the split."""
+    opened = open_model(str(write_model(CASES[case], tmp_path)))
+    source, config = opened.whole, opened.config
+    formats = WeightRecipe.parse(weights).formats(config)
     for split in SPLITS:
-        for rank, shard in enumerate(cut(config, split)):
-            context = Context(TensorParallelGroup(None), shard, FORMATS[weights], 1)
-            expected = Transformer(source, config, context)
-            file = recipe.file(slice_parts(config, shard), f"rank {rank}")
-            for found in (write(source, recipe, file, tmp_path / "slice"), receive(source, recipe, file)):
-                model = Transformer(found, config, context)
-                pairs = list(zip(held(expected), held(model), strict=True))
-                assert len(pairs) > 7 * config.num_layers
-                assert all(np.array_equal(one, other) for one, other in pairs)
-                rows = np.arange(config.vocab_size, dtype=np.int32)
-                one, other = (np.zeros((len(rows), config.hidden_size), np.float32) for _ in range(2))
-                expected.embedding(rows, one)
-                model.embedding(rows, other)
-                np.testing.assert_array_equal(one, other)
+        for rank, shard in enumerate(shards_of(config, split)):
+            loaded, parts = load(source, config, shard, formats), slice_parts(config, shard)
+            expected = held(loaded)
+            assert parts.keys() - {TABLE} == loaded.held.keys()
+            assert len(expected) > 7 * len(config.layers)
+            manifest = Manifest.of(source, formats, parts)
+            file = manifest.file(parts, f"rank {rank}")
+            on_disk, in_memory = write(source, file, tmp_path / "slice"), receive(source, file, manifest, parts)
+            for found in (on_disk, in_memory):
+                model = load(found, config, shard, formats)
+                arrays = held(model)
+                assert arrays.keys() == expected.keys()
+                for name, array in expected.items():
+                    assert (array.dtype, array.shape) == (arrays[name].dtype, arrays[name].shape), name
+                    np.testing.assert_array_equal(array, arrays[name], name)
+                everything = ((0, config.vocab_size), (0, config.hidden_size))
+                np.testing.assert_array_equal(loaded.table.values(everything), model.table.values(everything))
 
 
-def test_pieces_make_the_same_file(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_scales_are_those_of_whole_rows(tmp_path: Path) -> None:
+    """Ranks that hold other columns of the same rows hold the same row scales, which no column of theirs may tell."""
+    made = Made(tmp_path, "llama_heads6", "q4m")
+    name, found = "model.layers.0.mlp.down_proj.weight", []
+    whole = tuple((0, size) for size in made.parts[name].shape)
+    expected = load_matrix(made.source[name], made.parts[name].shape, whole, FORMATS["q4m"]).row_scales
+    for shard in shards_of(made.config, SHARES):
+        parts = slice_parts(made.config, shard)
+        file = made.manifest.file(parts, "a rank")
+        (entry,) = (each for each in file.entries if each.name == name + SCALES)
+        assert (entry.dtype, entry.format) == ("F32", FORMATS["q4m"])
+        found.append(write(made.source, file, tmp_path / "each").raw(name + SCALES)[0].copy())
+        assert parts[name].ranges[1] != whole[1]
+    assert np.unique(expected).size > 1
+    for scales in found:
+        np.testing.assert_array_equal(scales, expected[0])
+
+
+@pytest.mark.parametrize("case", ["llama3_gqa", "llama_heads6"])
+@pytest.mark.parametrize("weights", ["q40", "q4m", "q4m,lm_head=q80"])
+def test_a_slice_of_a_conversion_is_the_same_file(case: str, weights: str, tmp_path: Path) -> None:
+    made = Made(tmp_path, case, weights)
+    made.write()
+    expected = made.path.read_bytes()
+    convert_folder(tmp_path / "model", tmp_path / "converted" / "model", weights)
+    converted = open_model(str(tmp_path / "converted" / "model")).whole
+    manifest = Manifest.of(converted, made.formats, made.parts)
+    assert manifest == made.manifest
+    write(converted, manifest.file(made.parts, "rank 1 of 3"), made.path)
+    assert made.path.read_bytes() == expected
+
+
+@pytest.mark.parametrize("weights", ["q40", "q4m,lm_head=q80"])
+def test_pieces_make_the_same_file(weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Made(tmp_path, weights=weights)
     made.write()
     whole = made.path.read_bytes()
     monkeypatch.setattr(module, "STREAM_BYTES", 3000)
@@ -135,18 +176,21 @@ def test_pieces_make_the_same_file(made: Made, monkeypatch: pytest.MonkeyPatch) 
     assert made.path.read_bytes() == whole
 
 
-def test_a_slice_is_a_good_safetensors_file(made: Made) -> None:
+def test_a_slice_is_a_good_safetensors_file(tmp_path: Path) -> None:
+    made = Made(tmp_path, "llama_heads6", "q4m,lm_head=q80")  # F32, which the library's numpy can read
     made.write()
-    found = load_file(made.path) if CASES["llama3_gqa"].dtype != "BF16" else {}
-    if found:
-        np.testing.assert_array_equal(found[TABLE], made.source[TABLE].data.view(found[TABLE].dtype))
+    found = load_file(made.path)
+    assert sorted(found) == sorted(entry.name for entry in made.file.entries)
+    np.testing.assert_array_equal(found[TABLE], made.source[TABLE].data)
+    for entry in made.file.entries:
+        assert found[entry.name].shape == entry.shape
     assert made.path.stat().st_size < (made.source.folder / "model.safetensors").stat().st_size
 
 
 def test_little_memory_is_taken_while_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = Made(tmp_path, "llama3_gqa", "f32")
     monkeypatch.setattr(module, "STREAM_BYTES", 1 << 14)
-    reader, largest = SliceReader(made.source, made.recipe.format, made.file), 0
+    reader, largest = SliceReader(made.source, made.file), 0
     list(reader.read(0))
     tracemalloc.start()
     try:
@@ -163,67 +207,81 @@ def test_little_memory_is_taken_while_reading(tmp_path: Path, monkeypatch: pytes
 # ---- keys
 
 
-def test_key_names_source_format_and_parts(made: Made, tmp_path: Path) -> None:
+def test_key_names_source_formats_and_parts(made: Made, tmp_path: Path) -> None:
     other = Made(tmp_path / "other", "llama31")
+    of_formats = [WeightRecipe.parse(text).formats(made.config) for text in ("q80", "q4m", "q40,lm_head=q80")]
     keys = {
-        made.recipe.key(made.parts),
-        made.recipe.key(slice_parts(made.config, cut(made.config, (1.0, 1.0))[1])),
-        replace(made.recipe, format=FORMATS["q80"]).key(made.parts),
-        replace(made.recipe, lineage=other.recipe.lineage).key(made.parts),
+        made.manifest.key(made.parts),
+        made.manifest.key(slice_parts(made.config, shards_of(made.config, (1.0, 1.0))[1])),
+        *(replace(made.manifest, formats=formats).key(made.parts) for formats in of_formats),
+        replace(made.manifest, lineage=other.manifest.lineage).key(made.parts),
     }
-    assert len(keys) == 4
-    assert made.write().key == made.recipe.key(made.parts)
-    same = replace(made.recipe, model="another name")
-    assert same.key(made.parts) == made.recipe.key(made.parts)
+    assert len(keys) == 6
+    assert made.write().key == made.manifest.key(made.parts)
+    same = replace(made.manifest, model="another name")
+    assert same.key(made.parts) == made.manifest.key(made.parts)
 
 
 def test_equal_parts_have_one_key_however_they_were_cut(made: Made) -> None:
-    halves = [slice_parts(made.config, cut(made.config, split)[1]) for split in ((1.0, 1.0), (2.0, 2.0))]
-    assert made.recipe.key(halves[0]) == made.recipe.key(halves[1])
+    halves = [slice_parts(made.config, shards_of(made.config, split)[1]) for split in ((1.0, 1.0), (2.0, 2.0))]
+    assert made.manifest.key(halves[0]) == made.manifest.key(halves[1])
 
 
 def test_lineage(made: Made) -> None:
-    fingerprint = made.source.fingerprint()
-    assert made.source.lineage(FORMATS["q40"]) == f"{fingerprint}>q40"
+    fingerprint = Checkpoint(made.source.folder).fingerprint()
+    q40, q80 = (WeightRecipe.parse(text).formats(made.config) for text in ("q40", "q80"))
+    assert made.source.lineage(q40) == made.manifest.lineage == f"{fingerprint}>q40"
     found = made.write()
-    assert found.lineage(FORMATS["q40"]) == f"{fingerprint}>q40"
-    assert found.lineage(FORMATS["q80"]) == f"{fingerprint}>q40>q80"
+    assert found.lineage(q40) == f"{fingerprint}>q40"
+    assert found.lineage(q80) == f"{fingerprint}>q40>q80"
 
 
 # ---- what is refused
 
 
-def test_other_parts_are_refused(made: Made) -> None:
-    found = made.write()
+@pytest.mark.parametrize("weights", ["q40", "q4m"])
+@pytest.mark.parametrize("where", ["on disk", "in memory"])
+def test_other_parts_are_refused(weights: str, where: str, tmp_path: Path) -> None:
+    made, fmt = Made(tmp_path, weights=weights), FORMATS[weights]
+    found: WeightSource = made.write()
+    named = str(made.path)
+    if where == "in memory":
+        found, named = receive(made.source, made.file, made.manifest, made.parts), "the received slice"
     name = "model.layers.0.self_attn.q_proj.weight"
     part = made.parts[name]
-    shape, (rows, cols) = (part.shape[0], part.shape[1]), part.ranges
-    assert load_matrix(found, name, shape, rows, cols, FORMATS["q40"]).rows == rows[1] - rows[0]
+    shape, (rows, cols) = part.shape, part.ranges
+    assert rows[0] > 0
+    assert load_matrix(found[name], shape, (rows, cols), fmt).rows == rows[1] - rows[0]
     with pytest.raises(ModelError) as caught:
-        load_matrix(found, name, shape, (0, rows[1]), cols, FORMATS["q40"])
+        load_matrix(found[name], shape, ((0, rows[1]), cols), fmt)
     assert str(caught.value) == (
-        f"{made.path} holds {rows[0]}..{rows[1]} x 0..{cols[1]} of {name}, and 0..{rows[1]} x 0..{cols[1]} is needed;"
+        f"{named} holds {rows[0]}..{rows[1]} x 0..{cols[1]} of {name}, and 0..{rows[1]} x 0..{cols[1]} is needed;"
         " give a slice made for this number of ranks and this --split, or the whole model"
     )
-    with pytest.raises(ModelError, match="holds tiles of another format than q80"):
-        load_matrix(found, name, shape, rows, cols, FORMATS["q80"])
+    with pytest.raises(ModelError, match=f"holds {name} in another format than q80"):
+        load_matrix(found[name], shape, (rows, cols), FORMATS["q80"])
     with pytest.raises(ModelError, match=r"config\.json implies"):
-        load_matrix(found, name, (shape[0] + 16, shape[1]), rows, cols, FORMATS["q40"])
+        load_matrix(found[name], (shape[0] + 16, shape[1]), (rows, cols), fmt)
     norm = "model.norm.weight"
-    size = made.parts[norm].shape[0]
-    assert load_vector(found, norm, size).shape == (size,)
+    (size,) = made.parts[norm].shape
+    assert load_vector(found[norm], (size,), ((0, size),)).shape == (size,)
     with pytest.raises(ModelError, match=rf"holds 0\.\.{size} of {norm}, and 1\.\.{size} is needed"):
-        load_vector(found, norm, size, (1, size))
+        load_vector(found[norm], (size,), ((1, size),))
+    with pytest.raises(ModelError, match=r"config\.json implies"):
+        load_vector(found[norm], (size + 1,), ((0, size),))
 
 
-@pytest.mark.parametrize("where", ["matrix", "vector", "table", "checksums", "header", "end"])
-def test_damage_is_found(where: str, made: Made) -> None:
+@pytest.mark.parametrize("where", ["matrix", "row scales", "vector", "table", "checksums", "header", "end"])
+def test_damage_is_found(where: str, tmp_path: Path) -> None:
+    made = Made(tmp_path, weights="q4m,lm_head=q80")
     made.write()
     data = bytearray(made.path.read_bytes())
-    name = {"matrix": "model.layers.1.mlp.down_proj.weight", "vector": "model.norm.weight", "table": TABLE}.get(where)
+    matrix = "model.layers.1.mlp.down_proj.weight"
+    entries = {"matrix": matrix, "row scales": matrix + SCALES, "vector": "model.norm.weight", "table": TABLE}
+    name = entries.get(where, CHECKSUMS)
     start = len(made.file.header)
     for entry in made.file.entries:
-        if entry.name in (name, CHECKSUMS):
+        if entry.name == name:
             break
         start += entry.size
     at = {"header": data.index(b"rank 1 of 3"), "checksums": start, "end": 0}.get(where, start + 37)
@@ -234,26 +292,33 @@ def test_damage_is_found(where: str, made: Made) -> None:
             SliceCheckpoint(made.path)
         return
     found = SliceCheckpoint(made.path)
+    name = name.removesuffix(SCALES)
     with pytest.raises(DamagedSlice, match=f"is damaged in {name}"):
-        take(found, made, name or "")
+        take(found, made, name)
     other = "model.layers.0.input_layernorm.weight"
     np.testing.assert_array_equal(take(found, made, other), take(made.source, made, other))  # the rest can be read
-    np.testing.assert_array_equal(found[TABLE].rows(20, 21), made.source[TABLE].rows(20, 21))
+    np.testing.assert_array_equal(row(found, made, 20), row(made.source, made, 20))
 
 
-def take(source: Checkpoint, made: Made, name: str) -> np.ndarray:
+def row(source: WeightSource, made: Made, index: int) -> np.ndarray:
+    """Return a row of the table."""
+    return source[TABLE].values(((index, index + 1), (0, made.config.hidden_size)))
+
+
+def take(source: WeightSource, made: Made, name: str) -> np.ndarray:
     """Return what a rank loads of a tensor; of the table one row."""
-    if name == TABLE:
-        return source[TABLE].rows(0, 1)
     part = made.parts[name]
-    if len(part.shape) == 1:
-        return load_vector(source, name, part.shape[0], part.ranges[0])
-    shape = (part.shape[0], part.shape[1])
-    return load_matrix(source, name, shape, part.ranges[0], part.ranges[1], FORMATS["q40"]).tiles
+    if part.kind == "table":
+        return row(source, made, 0)
+    if part.kind == "matrix":
+        return load_matrix(source[name], part.shape, part.ranges, made.formats[name]).tiles
+    return load_vector(source[name], part.shape, part.ranges)
 
 
-def test_every_bit_of_a_slice_is_under_a_checksum(made: Made) -> None:
+@pytest.mark.parametrize("weights", ["q40", "q4m,lm_head=q80"])
+def test_every_bit_of_a_slice_is_under_a_checksum(weights: str, tmp_path: Path) -> None:
     """CRC-32 finds any single wrong bit; here, that no byte of the file is left out."""
+    made = Made(tmp_path, weights=weights)
     found = made.write()
     data, sums = made.path.read_bytes(), [zlib.crc32(made.file.header)]
     start = len(made.file.header)
@@ -273,7 +338,11 @@ def test_files_that_are_no_slices(made: Made, tmp_path: Path) -> None:
         Checkpoint(tmp_path)
 
 
-def test_parts_say_what_they_are() -> None:
-    assert str(Part((64, 96), ((16, 32), (0, 96)))) == "16..32 x 0..96"
-    assert Part.whole(3, 4) == Part((3, 4), ((0, 3), (0, 4)))
-    assert Entry("a", "a", "U8", (0, 3, 288), Part((64, 96), ((5, 5), (0, 96)))).pieces(1000) == []
+def test_parts_say_what_they_are(made: Made) -> None:
+    assert str(SlicePart((64, 96), ((16, 32), (0, 96)), "matrix")) == "16..32 x 0..96"
+    whole = whole_parts(made.config)
+    assert whole.keys() == made.parts.keys()
+    for name, part in whole.items():
+        assert part.shape == made.parts[name].shape
+        assert part.ranges == tuple((0, size) for size in part.shape)
+    assert Entry("a", "a", "U8", (0, 3, 288), (64, 96), ((5, 5), (0, 96)), FORMATS["q40"]).pieces(1000) == []

@@ -20,6 +20,7 @@ from dllama_mpi.engine.stats import Stats
 from dllama_mpi.errors import UsageError
 from dllama_mpi.parallel.group import TensorParallelGroup
 from tests import naive
+from tests.tiers import all_but
 from tests.tiny_models import CASES, write_model
 
 REPEATS = "   If the string is not found, the string is returned.\n\n" * 6
@@ -194,7 +195,7 @@ def test_cancelled_amid_a_step(folder: Any) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mistakes", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("mistakes", all_but([0.3], [0.0, 0.3, 1.0]))
 def test_sampled_texts_have_the_models_distribution(mistakes: float, folder: Any) -> None:
     """Chi-square of texts of four tokens against the product of the model's own probabilities.
 
@@ -204,7 +205,7 @@ def test_sampled_texts_have_the_models_distribution(mistakes: float, folder: Any
     llm = load(folder("llama2"), weights="f32", max_seq_len=64, max_batch=8, speculate="lookup")
     prompt, draws = [5, 6, 7], 4000
     expected = exact(llm, prompt, 4, filters)
-    likeliest = list(max(expected, key=lambda text: expected[text]))
+    likeliest = max((chance, list(text)) for text, chance in expected.items())[1]
     stats, requests = Stats(), []
     for seed in range(draws):
         request = llm.request(prompt, SamplingParams(**filters, max_tokens=4, seed=seed, ignore_eos=True))

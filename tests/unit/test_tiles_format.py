@@ -16,7 +16,7 @@ SCALES = np.float32(2.0) ** np.arange(-6, 10, dtype=np.float32)  # one a row, ex
 def tile(matrix: Floats, fmt: str) -> Bytes:
     """Return the one tile of a matrix (16, 32) by the kernel."""
     tiles = np.zeros((1, 1, FORMATS[fmt].tile_bytes), np.uint8)
-    pack_tiles(matrix.astype(np.float32), tiles)
+    pack_tiles(FORMATS[fmt], matrix.astype(np.float32), tiles)
     return tiles[0, 0]
 
 
@@ -26,7 +26,9 @@ def halves(data: Bytes) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("fmt", "tile_bytes", "bits"), [("q40", 288, 4.5), ("q80", 544, 8.5), ("f16", 1024, 16), ("f32", 2048, 32)]
+    ("fmt", "tile_bytes", "bits"),
+    [(fmt, 288, 4.5) for fmt in ("q40", "q4m", "iq4nl", "mxfp4")]
+    + [("q80", 544, 8.5), ("f16", 1024, 16), ("f32", 2048, 32)],
 )
 def test_sizes(fmt: str, tile_bytes: int, bits: float) -> None:
     assert (ROWS, BLOCK) == (naive.ROWS, naive.BLOCK) == (16, 32)
@@ -69,7 +71,7 @@ def test_q80_bytes() -> None:
 
 @pytest.mark.parametrize(("fmt", "dtype"), [("f16", "<f2"), ("f32", "<f4")])
 def test_float_bytes(fmt: str, dtype: str) -> None:
-    values = np.arange(ROWS * BLOCK, dtype=np.float32).reshape(ROWS, BLOCK) / 8
+    values = np.arange(ROWS * BLOCK, dtype=np.float32).reshape(ROWS, BLOCK) / np.float32(8)
     got = np.frombuffer(tile(values, fmt).tobytes(), dtype)
     for r in range(ROWS):
         for c in range(BLOCK):

@@ -4,8 +4,11 @@
 
 from __future__ import annotations
 
+import functools
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -16,10 +19,10 @@ from dllama_mpi.text.tokenizer import Tokenizer
 
 from .tiny_tokenizers import HARD_TEXTS, SENTENCES, byte_level, sentencepiece, write_model_dir
 
-BACKENDS = {
+BACKENDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     "byte-level": byte_level,
     "sentencepiece": sentencepiece,
-    "metaspace": lambda: sentencepiece(metaspace=True),
+    "metaspace": functools.partial(sentencepiece, metaspace=True),
 }
 
 
@@ -220,7 +223,7 @@ def test_special_tokens_are_the_named_ones_only(tmp_path: Path) -> None:
         ({}, ()),
     ],
 )
-def test_declared_end_tokens(tmp_path: Path, files: dict, expected: tuple[int, ...]) -> None:
+def test_declared_end_tokens(tmp_path: Path, files: dict[str, Any], expected: tuple[int, ...]) -> None:
     tokenizer = Tokenizer.load(write_model_dir(tmp_path, byte_level(), **files))
     assert tokenizer.eos_ids == expected
     assert tokenizer.stop_ids == {2, *expected}  # 2 is <|eot_id|>, well known
@@ -232,6 +235,37 @@ def test_well_known_end_tokens_must_be_added_tokens() -> None:
     tokenizer = Tokenizer(backend)
     assert tokenizer.stop_ids == {2, tokenizer.added_tokens["<|im_end|>"]}
     assert Tokenizer(sentencepiece()).stop_ids == {2}
+
+
+@pytest.mark.parametrize(
+    ("family", "ends", "others"),
+    [
+        ("gpt-oss", ("<|return|>", "<|call|>"), ("<|start|>", "<|end|>", "<|message|>", "<|channel|>")),
+        ("GLM-4.5", ("<|user|>", "<|observation|>"), ("[gMASK]", "<sop>", "<|system|>")),
+    ],
+)
+def test_end_tokens_of_a_family(family: str, ends: tuple[str, ...], others: tuple[str, ...]) -> None:
+    """A checkpoint whose files name but one end token ends at all; at what only ends a part of an answer it goes on."""
+    backend = byte_level()
+    backend.add_special_tokens([AddedToken(text, special=True) for text in (*ends, *others)])
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.stop_ids == {2, *(tokenizer.added_tokens[text] for text in ends)}
+    assert all(text in tokenizer.added_tokens for text in others)
+
+
+@pytest.mark.parametrize("token", ["<seed:eos>", "<|end_of_sentence|>", "<｜hy_place▁holder▁no▁2｜>", "<end_of_turn>"])
+def test_well_known_end_tokens_of_families(token: str) -> None:
+    backend = byte_level()
+    backend.add_special_tokens([token])
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.stop_ids == {2, tokenizer.added_tokens[token]}
+
+
+def test_end_ends_turns_of_phi_and_messages_of_gpt_oss() -> None:
+    for other, ends in (("<|assistant|>", True), ("<|channel|>", False)):
+        backend = byte_level()  # its token 1 is <|end|>
+        backend.add_special_tokens([other])
+        assert Tokenizer(backend).stop_ids == ({1, 2} if ends else {2})
 
 
 def test_special_tokens_are_hidden_and_named() -> None:

@@ -28,7 +28,7 @@ def made(tmp_path: Path) -> Made:
 def fill(cache: WeightCache, made: Made, key: str) -> Path:
     """Keep a slice, as if it had another key."""
     writer = cache.create(made.file, key, "name")
-    reader = SliceReader(made.source, made.recipe.format, made.file)
+    reader = SliceReader(made.source, made.file)
     for index in range(len(made.file.entries)):
         for entry, start, data in reader.read(index):
             writer.write(entry, start, data)
@@ -51,7 +51,7 @@ def names(cache: WeightCache) -> list[str]:
 
 def test_what_is_kept_is_found_by_its_key(made: Made, tmp_path: Path) -> None:
     cache = WeightCache(tmp_path / "deep" / "cache", LARGE)
-    key = made.recipe.key(made.parts)
+    key = made.manifest.key(made.parts)
     assert cache.find(key) is None
     assert cache.entries() == []
     path = fill(cache, made, key)
@@ -77,7 +77,7 @@ def test_a_name_alone_does_not_make_a_key(made: Made, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
 def test_a_damaged_file_is_removed(damage: str, made: Made, tmp_path: Path) -> None:
-    cache, key = WeightCache(tmp_path / "cache", LARGE), made.recipe.key(made.parts)
+    cache, key = WeightCache(tmp_path / "cache", LARGE), made.manifest.key(made.parts)
     path = fill(cache, made, key)
     data = path.read_bytes()
     path.write_bytes({"truncated": data[:-1], "header": data.replace(b"rank 1", b"rank 2", 1), "empty": b""}[damage])
@@ -98,7 +98,7 @@ def test_those_not_used_for_longest_go_first(made: Made, tmp_path: Path) -> None
 
 
 def test_what_is_in_use_stays(made: Made, tmp_path: Path) -> None:
-    cache, key = WeightCache(tmp_path / "cache", 2 * made.file.size), made.recipe.key(made.parts)
+    cache, key = WeightCache(tmp_path / "cache", 2 * made.file.size), made.manifest.key(made.parts)
     age(fill(cache, made, key), 500)
     age(fill(cache, made, "1"), 100)
     used = cache.find(key)
@@ -118,7 +118,9 @@ def test_what_is_in_use_stays(made: Made, tmp_path: Path) -> None:
 def test_full_disk(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = WeightCache(tmp_path / "cache")
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 50_000_000, 50_000_000))
+    monkeypatch.setattr(
+        "dllama_mpi.weights.cache.shutil.disk_usage", lambda _: usage(10**9, 10**9 - 50_000_000, 50_000_000)
+    )
     with pytest.raises(NoRoom, match=r"0\.05 GB of the disk are free"):
         cache.create(made.file, "0", "name")
     assert cache.entries() == []
@@ -130,14 +132,15 @@ def test_full_disk(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_default_limit_is_half_of_the_disk_or_20_gb(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    size, usage = made.file.size, namedtuple("usage", "total used free")
+    size = made.file.size
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(module, "_MARGIN", 0)
     cache = WeightCache(tmp_path / "cache")
     age(fill(cache, made, "0"), 100)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(9 * size, 7 * size, 2 * size))
+    monkeypatch.setattr("dllama_mpi.weights.cache.shutil.disk_usage", lambda _: usage(9 * size, 7 * size, 2 * size))
     fill(cache, made, "1")  # half of 2 free and 1 taken: room for one
     assert names(cache) == ["1"]
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage(10**15, 0, 10**15))
+    monkeypatch.setattr("dllama_mpi.weights.cache.shutil.disk_usage", lambda _: usage(10**15, 0, 10**15))
     monkeypatch.setattr(module, "DEFAULT_LIMIT", 2 * size)
     fill(cache, made, "2")
     age(cache.folder / "name-1.safetensors", 100)
@@ -146,7 +149,7 @@ def test_default_limit_is_half_of_the_disk_or_20_gb(
 
 
 def test_nothing_half_written_is_found(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, key = WeightCache(tmp_path / "cache", LARGE), made.recipe.key(made.parts)
+    cache, key = WeightCache(tmp_path / "cache", LARGE), made.manifest.key(made.parts)
     writer = cache.create(made.file, key, "name")
     assert cache.find(key) is None
     (entry,) = cache.entries()
@@ -176,11 +179,11 @@ def test_what_a_killed_job_left_is_removed(made: Made, tmp_path: Path) -> None:
 
 
 def test_two_jobs_may_write_the_same_slice(made: Made, tmp_path: Path) -> None:
-    cache, key = WeightCache(tmp_path / "cache", LARGE), made.recipe.key(made.parts)
+    cache, key = WeightCache(tmp_path / "cache", LARGE), made.manifest.key(made.parts)
     writer = cache.create(made.file, key, "name")
     path = fill(cache, made, key)
     content = path.read_bytes()
-    reader = SliceReader(made.source, made.recipe.format, made.file)
+    reader = SliceReader(made.source, made.file)
     for index in range(len(made.file.entries)):
         for entry, start, data in reader.read(index):
             writer.write(entry, start, data)

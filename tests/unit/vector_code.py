@@ -8,16 +8,10 @@ from collections.abc import Callable
 import llvmlite.binding as llvm
 from llvmlite import ir
 
+from dllama_mpi.kernels.emitter import F32, I8, I32, I64, Emitter, constant, vector
 from dllama_mpi.kernels.layout import FORMATS
-from dllama_mpi.kernels.matmul import emit_float_tile_row, emit_quantised_tile_row
-from dllama_mpi.kernels.simd import (
-    F32,
-    I8,
-    I32,
-    I64,
-    Emitter,
-    vector,
-)
+from dllama_mpi.kernels.matmul import emit_kernel
+from dllama_mpi.kernels.rounding import emit_row
 
 HOST = llvm.get_process_triple()
 
@@ -35,17 +29,91 @@ def emitted(count: int, body: Callable[..., None]) -> ir.Module:
     return module
 
 
-def tile_row(emitter: type[Emitter], fmt: str, tokens: int) -> ir.Module:
-    """Return the kernel for one row of tiles of a format and a number of tokens."""
-    if FORMATS[fmt].quantised_activations:
-        return emitted(7, lambda b, *args: emit_quantised_tile_row(emitter(b), FORMATS[fmt], tokens, *args))
-    return emitted(6, lambda b, *args: emit_float_tile_row(emitter(b), FORMATS[fmt], tokens, *args))
+def emulating(emitter: type[Emitter]) -> type[Emitter]:
+    """Return an emitter like another, with plain IR in place of the instructions of its processors."""
+
+    class Emulating(emitter):  # type: ignore[misc, valid-type]
+        def call(self, name: str, ty: ir.Type, *args: ir.Value) -> ir.Value:
+            for known, emulate in EMULATED.items():
+                if name.startswith(known):
+                    kinds = [a.type for a in args]
+                    return self.b.call(_function(self.b.module, f"emulated.{name}", ty, kinds, emulate), args)
+            return super().call(name, ty, *args)
+
+    return Emulating
+
+
+def _function(
+    module: ir.Module, name: str, ty: ir.Type, kinds: list[ir.Type], emulate: Callable[..., ir.Value]
+) -> ir.Function:
+    """Return a function of a module, made when it is first asked for; not inlined, which would take long to compile."""
+    if name in module.globals:
+        return module.globals[name]
+    function = ir.Function(module, ir.FunctionType(ty, kinds), name)
+    function.linkage = "internal"
+    function.attributes.add("noinline")
+    builder = ir.IRBuilder(function.append_basic_block())
+    builder.ret(emulate(Emitter(builder), ty, *function.args))
+    return function
+
+
+def _dot(unsigned: bool) -> Callable[..., ir.Value]:
+    def emulate(e: Emitter, ty: ir.Type, total: ir.Value, weights: ir.Value, x: ir.Value) -> ir.Value:
+        count = 4 * ty.count
+        weights, x = (e.b.bitcast(v, vector(I8, count)) for v in (weights, x))
+        widened = e.b.zext(weights, vector(I32, count)) if unsigned else e.b.sext(weights, vector(I32, count))
+        product = e.b.mul(widened, e.b.sext(x, vector(I32, count)))
+        for first in range(4):
+            total = e.b.add(total, e.pick(product, range(first, count, 4)))
+        return total
+
+    return emulate
+
+
+def _shuffle(e: Emitter, ty: ir.Type, table: ir.Value, codes: ir.Value) -> ir.Value:
+    """Emit the shuffle of bytes in parts of 16; a code above 15, which no kernel has, gives zero."""
+    result = constant(I8, ty.count, 0)
+    for i in range(16):
+        there = e.pick(table, [lane // 16 * 16 + i for lane in range(ty.count)])
+        result = e.b.select(e.b.icmp_unsigned("==", codes, constant(I8, ty.count, i)), there, result)
+    return result
+
+
+def _pairs(e: Emitter, ty: ir.Type, *parts: ir.Value) -> ir.Value:
+    sums = []
+    for part in parts:
+        wide = e.b.sext(part, vector(I32, part.type.count)) if part.type.element != I32 else part
+        sums.append(e.b.add(e.pick(wide, range(0, wide.type.count, 2)), e.pick(wide, range(1, wide.type.count, 2))))
+    if len(sums) == 1:
+        return sums[0]
+    return e.b.shuffle_vector(*sums, ir.Constant(vector(I32, ty.count), [*range(ty.count)]))
+
+
+EMULATED: dict[str, Callable[..., ir.Value]] = {
+    "llvm.x86.avx512.vpdpbusd": _dot(unsigned=True),
+    "llvm.x86.avx512.pshuf.b": _shuffle,
+    "llvm.x86.avx2.pshuf.b": _shuffle,
+    "llvm.aarch64.neon.sdot": _dot(unsigned=False),
+    "llvm.aarch64.neon.tbl1": _shuffle,
+    "llvm.aarch64.neon.saddlp": _pairs,
+    "llvm.aarch64.neon.addp": _pairs,
+}
+
+
+def kernel(emitter: type[Emitter], fmt: str) -> ir.Module:
+    """Return the kernel that multiplies a format; see `matmul.kernel_address` for its arguments."""
+    return emitted(11, lambda b, *args: emit_kernel(emitter(b), FORMATS[fmt].kernel, args))
+
+
+def rounding(emitter: type[Emitter], fmt: str, packing: bool) -> ir.Module:
+    """Return what packs or unpacks a row of tiles; see `rounding.emit_row` for its arguments."""
+    return emitted(5, lambda b, *args: emit_row(emitter(b), fmt, packing, args))
 
 
 def dot4(emitter: type[Emitter], lanes: int) -> ir.Module:
     """Return f(total, weights, x), which adds the dot products of `lanes` * 4 bytes to `lanes` int32."""
 
-    def body(builder, total, weights, x):
+    def body(builder: ir.IRBuilder, total: ir.Value, weights: ir.Value, x: ir.Value) -> None:
         e = emitter(builder)
         operands = [e.load(address, vector(I8, 4 * lanes), 1) for address in (weights, x)]
         e.store(e.dot4(e.load(total, vector(I32, lanes), 4), *operands), total, 4)
@@ -56,10 +124,10 @@ def dot4(emitter: type[Emitter], lanes: int) -> ir.Module:
 def exp(emitter: type[Emitter], lanes: int) -> ir.Module:
     """Return f(x, y, n), which writes e**x of n vectors of float32 to y."""
 
-    def body(builder, x, y, n):
+    def body(builder: ir.IRBuilder, x: ir.Value, y: ir.Value, n: ir.Value) -> None:
         e = emitter(builder)
 
-        def one(i, state):
+        def one(i: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
             at = builder.mul(i, I64(4 * lanes))
             e.store(e.exp(e.load(builder.add(x, at), vector(F32, lanes), 4)), builder.add(y, at), 4)
             return state

@@ -22,8 +22,8 @@ from ...kernels.simd import (
     constant,
     vector,
 )
+from .table import PAYLOADS
 
-PAYLOADS = {"f32": 128, "f16": 64, "q80": 34}  # bytes of 32 values
 Q80_BYTES, F16_BYTES, F32_BYTES = PAYLOADS["q80"], PAYLOADS["f16"], PAYLOADS["f32"]
 _LARGEST_HALF = F32(65504.0)  # of float16; what is beyond is sent as that
 

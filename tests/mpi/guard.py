@@ -1,0 +1,101 @@
+"""What ends the jobs of a test run that was killed: run as a program, it waits for that run's end and clears up.
+
+usage: guard.py MARK, with the other end of a pipe on standard input that is closed, by the kernel if need be, when the
+run is over.
+
+Every process of a run has MARK in its environment, or MARK/MORE, a job of the run. Launchers put ranks into sessions of
+their own, and a killed run cannot tell anybody what it has started: the environment is what all of them keep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+VARIABLE = "DLLAMA_MPI_TEST_RUN"
+NETWORK = "dllama-test-"  # before the process id of the run in a network namespace's name
+_ROUNDS = 50  # of looking for processes that are still being started
+
+
+def marked(mark: str) -> list[int]:
+    """Return the ids of living processes, but for this one, that belong to a run or to a job of it."""
+    if Path("/proc/self/environ").exists():
+        found = _marked_by_proc(mark)
+    else:  # macOS
+        command = ["ps", "-axEww", "-o", "pid=,command="]
+        lines = subprocess.run(command, capture_output=True, text=True, check=False).stdout.splitlines()
+        entry = re.compile(rf" {VARIABLE}={re.escape(mark)}(/| |$)")
+        found = [int(line.split()[0]) for line in lines if entry.search(line)]
+    return [pid for pid in found if pid != os.getpid()]
+
+
+def _marked_by_proc(mark: str) -> list[int]:
+    found, entry = [], re.compile(rf"(^|\0){VARIABLE}={re.escape(mark)}(/|\0|$)".encode())
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):  # it has ended, or is another user's; a zombie's is empty
+                if entry.search((folder / "environ").read_bytes()):
+                    found.append(int(folder.name))
+    return found
+
+
+def end_marked(mark: str) -> None:
+    """Kill all processes of a run."""
+    for _ in range(_ROUNDS):
+        left = marked(mark)
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def networks() -> dict[str, int]:
+    """Return the network namespaces that runs have made: name and the run's process id."""
+    if not shutil.which("ip"):
+        return {}
+    listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=False).stdout
+    found = (re.match(rf"{NETWORK}(\d+)-\S+", line) for line in listed.splitlines())
+    return {match[0]: int(match[1]) for match in found if match}
+
+
+def remove_networks() -> None:
+    """Remove the network namespaces of runs that are no more."""
+    for name, pid in networks().items():
+        if not is_alive(pid):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def main() -> None:
+    """Wait for the end of the run, then clear up."""
+    with contextlib.suppress(PermissionError):  # it leads a session already
+        os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    while os.read(0, 1024):
+        pass
+    end_marked(sys.argv[1])
+    remove_networks()
+
+
+if __name__ == "__main__":
+    main()
