@@ -77,6 +77,10 @@ class TileFormat:
         """Bits a weight, without what a row has once."""
         return self.tile_bytes * 8 / (ROWS * BLOCK)
 
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        """Travel by name, so that a format is one object in every process, whoever sent it."""
+        return format_named, (self.name,)
+
     def shape(self, rows: int, cols: int) -> tuple[int, int, int]:
         """Return the shape of the tile array that holds a (rows, cols) matrix."""
         return ceil_div(rows, ROWS), ceil_div(cols, BLOCK), self.tile_bytes
@@ -92,6 +96,12 @@ MXFP4 = TileFormat("mxfp4", 288, "small_table", has_row_scales=True, table=E2M1_
 Q80 = TileFormat("q80", 544, "q80")
 F16 = TileFormat("f16", 1024, "f16", quantised_activations=False)
 F32 = TileFormat("f32", 2048, "f32", quantised_activations=False)
-FORMATS = {f.name: f for f in (Q40, Q4M, IQ4NL, MXFP4, Q80, F16, F32)}
+FORMATS: dict[str, TileFormat] = {f.name: f for f in (Q40, Q4M, IQ4NL, MXFP4, Q80, F16, F32)}
+
+
+def format_named(name: str) -> TileFormat:
+    """Return the format of a name."""
+    return FORMATS[name]
+
 
 TABLES = {f.name: np.array(f.table, np.int8) for f in FORMATS.values() if f.table}  # kernels have their addresses
