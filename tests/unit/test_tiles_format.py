@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 
@@ -104,3 +106,8 @@ def test_fma_of_the_twins_rounds_once() -> None:
     assert naive.fma(y, np.float32(1 + 2**-23), np.float32(1)) == np.float32(1 + 2**-23)
     assert naive.fma(y, np.float32(1 - 2**-22), np.float32(1)) == 1
     assert naive.fma(np.float32(2**-40), np.float32(2**-45), np.float32(1 + 2**-23)) == np.float32(1 + 2**-23)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_that_was_sent_is_the_same_object(name: str) -> None:
+    assert pickle.loads(pickle.dumps(FORMATS[name])) is FORMATS[name]
