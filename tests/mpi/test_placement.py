@@ -281,7 +281,7 @@ def test_cache_command(hosts: Callable[..., list[Path]]) -> None:
         return pool(2).run(["-m", "dllama_mpi", "cache", *args, "--cache-dir", str(folders[1] / "cache")]).stdout
 
     (entry,) = json.loads(command("list", "--json"))["entries"]
-    assert (entry["model"], entry["weights"], entry["slice"]) == ("model", "q40", "rank 1 of 2")
+    assert (entry["model"], entry["weights"], entry["slice"]) == ("model", "q4m", "rank 1 of 2")
     assert entry["bytes"] == cached(folders[1])[0].stat().st_size
     assert "rank 1 of 2" in command("list")
     assert "1 removed" in command("clear")
