@@ -38,6 +38,7 @@ class Transformer:
     def __init__(self, weights: RankWeights, config: ModelConfig, rank: Rank) -> None:
         """Take the weights that `build.load` loaded for this rank's shard."""
         self.config, self.rank, self._weights = config, rank, weights
+        self._turn = 0  # which half of the terms of all-reduces is next
         self._ropes = [Rope(rope) for rope in config.ropes]
         self._norm = padded(weights.vector("model.norm.weight"))
         head = weights.matrix("lm_head.weight")
@@ -67,12 +68,13 @@ class Transformer:
         residual = self._residual[: batch.tokens]
         self._embed(batch.token_ids, residual)
         step, group = self._step(batch), self.rank.group
-        parts, turn = group.parts(batch.tokens), 0
+        parts, turn = group.parts(batch.tokens), self._turn
         with group.exchanging(parts):
             for segment, scratch in self._segments:
                 turn = decoder_layers(
                     segment, step, residual, scratch, self._terms, group.link, parts, turn, self.rank.threads
                 )
+        self._turn = turn  # the next step begins with the other half: a slower rank may still read this one
         rows: np.ndarray = residual[batch.logit_rows]
         return rows
 
