@@ -15,10 +15,11 @@ from tests.all_cases import FAMILY_CASES
 from tests.naive_experts import SparseModel
 from tests.one_rank import OneRank
 from tests.tiers import all_but
-from tests.tiny_models import GREEDY_TOKENS, Case, load_reference, write_model
+from tests.tiny_models import GREEDY_TOKENS, Case, load_reference, text_config, write_model
 
 QUICK = (
     "qwen3_moe", "qwen2_moe_mixed", "mixtral_window", "olmoe_clip", "granitemoe", "gpt_oss", "glm4_moe_groups",
+    "gemma2", "olmo2",
 )  # fmt: skip
 """What the quick tier tries at length: one case of each kind of arithmetic."""
 F32_TOLERANCE = 1e-4
@@ -55,7 +56,7 @@ def prompts(case: Case) -> list[list[int]]:
     """Return six prompts of different lengths; the first is the reference's."""
     rng = np.random.default_rng(case.seed)
     reference = load_reference(case).greedy_prompt.tolist()
-    words = 140  # the least of all vocabularies
+    words = min(140, text_config(case.config)["vocab_size"])
     return [reference] + [rng.integers(0, words, n).tolist() for n in (1, 3, 9, 20, 30)]
 
 
