@@ -16,11 +16,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 VARIABLE = "DLLAMA_MPI_TEST_RUN"
 NETWORK = "dllama-test-"  # before the process id of the run in a network namespace's name
+FOLDER = "dllama-test-"  # and in that of a folder in the system's temporary one
 _ROUNDS = 50  # of looking for processes that are still being started
 
 
@@ -85,6 +87,19 @@ def remove_networks() -> None:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+def folder_prefix() -> str:
+    """Return what the name of this process's folders in the temporary one begins with."""
+    return f"{FOLDER}{os.getpid()}-"
+
+
+def remove_folders() -> None:
+    """Remove the temporary folders of runs that are no more."""
+    for path in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        match = re.match(rf"{FOLDER}(\d+)-", path.name)
+        if match and not is_alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def main() -> None:
     """Wait for the end of the run, then clear up."""
     with contextlib.suppress(PermissionError):  # it leads a session already
@@ -95,6 +110,7 @@ def main() -> None:
         pass
     end_marked(sys.argv[1])
     remove_networks()
+    remove_folders()
 
 
 if __name__ == "__main__":

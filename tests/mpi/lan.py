@@ -45,7 +45,7 @@ class Lan:
         """Set a host's link "up" or "down"."""
         _ip("-n", f"{self.name}{host}", "link", "set", f"e{host}", state)
 
-    def mpiexec(self, ranks: int, args: list[str], timeout: float = 300) -> Done:
+    def mpiexec(self, ranks: int, args: list[str], timeout: float = 600) -> Done:
         """Run `python args` on this many ranks, one a host in turn, started on host 0."""
         hosts = ",".join(self.address(host) for host in range(self.size))
         inside = ["ip", "netns", "exec", f"{self.name}0", "unshare", "--uts", "sh", "-c", 'hostname h0; exec "$@"', "-"]

@@ -94,7 +94,7 @@ def start(
     )
 
 
-def run(command: list[str], timeout: float = 300, env: dict[str, str] | None = None, stdin: str | None = None) -> Done:
+def run(command: list[str], timeout: float = 600, env: dict[str, str] | None = None, stdin: str | None = None) -> Done:
     """Run a command from the project's folder; kill it and all it has started when time is up, or at an interrupt."""
     job = f"{run_mark()}/{secrets.token_hex(4)}"
     given = subprocess.DEVNULL if stdin is None else subprocess.PIPE
@@ -114,7 +114,7 @@ def run(command: list[str], timeout: float = 300, env: dict[str, str] | None = N
 def mpiexec(
     ranks: int,
     args: list[str],
-    timeout: float = 300,
+    timeout: float = 600,
     env: dict[str, str] | None = None,
     check: bool = True,
     stdin: str | None = None,

@@ -26,7 +26,7 @@ import pytest
 from tests.mpi import guard
 from tests.mpi.launch import ROOT, Done, launcher, launcher_options, run_mark, start
 
-_START_SECONDS = 120.0
+_START_SECONDS = 300.0
 _CRASH_SECONDS = 5.0  # for the other ranks, after one has failed in a way that they may not know of
 
 
@@ -64,7 +64,7 @@ class Pool:
 
     def __init__(self, size: int) -> None:
         self.size, self._mark = size, f"{run_mark()}/pool-{size}"
-        self._folder = Path(tempfile.mkdtemp(prefix="dllama-pool-"))  # a short path: a socket's has at most 100 bytes
+        self._folder = Path(tempfile.mkdtemp(prefix=guard.folder_prefix()))  # a socket's path has at most 100 bytes
         self._log = self._folder / "log"
         command = [launcher(), *launcher_options(), "-n", str(size)]
         command += [sys.executable, str(ROOT / "tests/mpi/pool_job.py"), str(self._folder / "socket")]
@@ -91,7 +91,7 @@ class Pool:
     def run(
         self,
         args: Sequence[str],
-        timeout: float = 300,
+        timeout: float = 600,
         env: dict[str, str] | None = None,
         check: bool = True,
         stdin: str | None = None,

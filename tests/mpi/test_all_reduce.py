@@ -23,7 +23,7 @@ slow = pytest.mark.slow
 @functools.cache
 def results(ranks: int, calls: str) -> list[dict[str, Any]]:
     """Run all cases once for each rank count and manner of calling MPI."""
-    done = pool(ranks).run([str(ROOT / "tests/mpi/all_reduce_job.py")], 300, {"DLLAMA_MPI_CALLS": calls})
+    done = pool(ranks).run([str(ROOT / "tests/mpi/all_reduce_job.py")], env={"DLLAMA_MPI_CALLS": calls})
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -70,7 +70,7 @@ def test_overlap(ranks: int, algorithm: str, payload: str, model: str, tmp_path:
 @pytest.mark.parametrize("ranks", [2, 3, 4, pytest.param(8, marks=slow)])
 def test_predicted_bytes(ranks: int) -> None:
     """What is allocated is what planning and the check of memory are told, within 2 %, in every layout of hosts."""
-    done = pool(ranks).run([str(ROOT / "tests/mpi/all_reduce_bytes_job.py")], 300)
+    done = pool(ranks).run([str(ROOT / "tests/mpi/all_reduce_bytes_job.py")])
     cases = [json.loads(line) for line in done.stdout.splitlines()]
     assert {case["payload"] for case in cases} == set(PAYLOADS)
     for case in cases:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.mpi import guard
 from tests.mpi.launch import ROOT, environment, launcher, run_mark, start
 from tests.tiers import all_but
 
-PATIENCE = 300.0
+PATIENCE = 600.0
 RANKS = 2
 # A test of the run inside, whose job of two ranks says that it runs and then does so for ever.
 RANK = """
@@ -85,6 +86,8 @@ def test_jobs_end_with_the_run(number: signal.Signals, how: str, tmp_path: Path)
         process.send_signal(number)
         process.wait(PATIENCE)
         wait_until(lambda: not guard.marked(mark), "processes are left")
+        left = Path(tempfile.gettempdir())
+        wait_until(lambda: not list(left.glob(f"{guard.FOLDER}{process.pid}-*")), "folders are left")
 
 
 def test_continuous_integration_ends_what_it_has_started(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tests.tiers import all_but
 
 HOST = socket.gethostname().split(".")[0]
 RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
-PATIENCE = 300.0  # seconds for a job to get where the test wants it, on a busy machine
+PATIENCE = 600.0  # seconds for a job to get where the test wants it, on a busy machine
 LONG = ["--nthreads", "1", "--temperature", "0", "--prompt", "Return the", "--steps", "400", "--ignore-eos"]
 CHAT = ["chat", "--nthreads", "1", "--temperature", "0", "--chat-template", "chatml"]
 # What makes a phase last long enough to be hit by a test.
