@@ -1,4 +1,4 @@
-"""What the whole test run shares: the order of tests, and the end of its MPI jobs."""
+"""What the whole test run shares: two workers, the order of tests, and the end of MPI jobs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,37 @@ from tests.mpi.pool import close_pools
 hypothesis.settings.register_profile("tests", max_examples=40, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
 
-ORDER = ("unit", "mpi", "end_to_end")
+WORKERS = 2
+FIRST = ("unit/test_convert.py", "unit/test_model.py", "unit/test_families.py")
+"""Tests that compile what others need, and those that take longest."""
+
+
+def is_with_mpi(item: pytest.Item) -> bool:
+    """Return whether a test starts MPI jobs."""
+    return item.path.parent.name != "unit"
+
+
+def place(item: pytest.Item) -> tuple[int, int]:
+    """Return what tests are sorted by: one process compiles kernels before a job's ranks want them."""
+    file = "/".join(item.path.parts[-2:])
+    return (0, FIRST.index(file)) if file in FIRST else (1 + is_with_mpi(item), 0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Have two workers for a run of all tests of a tier; a few tests start sooner with none. -n says otherwise."""
+    is_whole = config.args == config.getini("testpaths") and not config.option.keyword
+    is_worker = hasattr(config, "workerinput")
+    if getattr(config.option, "numprocesses", 0) is None and is_whole and not is_worker:
+        config.option.numprocesses = 0 if config.option.usepdb or config.option.collectonly else WORKERS
+        config.option.dist, config.option.loadscopereorder = "loadgroup", False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests of one process first: where kernels have to be compiled, it is done once, not by every rank."""
-    items.sort(key=lambda item: ORDER.index(item.path.relative_to(item.config.rootpath).parts[1]))
+    """Put tests in order. With workers, a file's tests stay together, and those with MPI all do: they share jobs."""
+    items.sort(key=place)
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("mpi" if is_with_mpi(item) else item.path.stem))
 
 
 def pytest_unconfigure() -> None:

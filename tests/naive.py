@@ -171,7 +171,7 @@ def q4m_quantise(blocks: Floats, scales: Floats) -> tuple[Ints, Ints, Ints]:
         found = (np.where(error < best[0], new, old) for new, old in zip((error, s, m), best, strict=True))
         return next(found), next(found), next(found)
 
-    for factor in (0.86, 0.92, 0.98, 1.04, 1.1):
+    for factor in (0.86, 0.98, 1.1):
         for phase in (-0.25, 0, 0.25, 0.5):
             step = np.maximum(widest * F(factor), F(0.5))
             found = sums(codes_of(step, low + step * F(phase)))

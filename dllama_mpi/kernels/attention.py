@@ -26,9 +26,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from .activation import soft_cap
+from .compiled import call, inner
 from .layout import BLOCK, ROWS
 from .matmul import F32_TILES, float_rows
 from .parallel import run_parallel
@@ -108,13 +108,13 @@ class _Scratch(NamedTuple):
     widened: np.ndarray
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _widened_row(tiles, blocks, x, x_stride, y, y_stride, n):
     """Multiply one row of float32 tiles with n rows of activations; all by their addresses."""
     float_rows(F32_TILES, tiles, np.int64(0), np.int64(0), np.int64(1), blocks, x, x_stride, y, y_stride, n)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _scores(marker, queries, head, begin, rows, scratch):
     """Write queries (n, width) x keys of `rows` tiles from position `begin` on into scratch.scores."""
     width, scores, widened = queries.shape[1], scratch.scores, scratch.widened
@@ -132,7 +132,7 @@ def _scores(marker, queries, head, begin, rows, scratch):
                    address(queries), 4 * width, address(scores), 4 * POSITIONS, queries.shape[0])  # fmt: skip
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _weighted(marker, head, begin, padded, scratch, n):
     """Write scores (n, >= padded) x values of `padded` positions from `begin` on into scratch.part."""
     values, scores, widened, out = head.values, scratch.scores, scratch.widened, scratch.part
@@ -150,7 +150,7 @@ def _weighted(marker, head, begin, padded, scratch, n):
                    address(scores), 4 * POSITIONS, address(out), 4 * out.shape[1], n)  # fmt: skip
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _attend(marker, softcap, head, queries, first, last, scratch, softmax):
     """Attend with queries over the block-aligned positions [first, last), going on from what `softmax` holds.
 
@@ -192,7 +192,7 @@ def _attend(marker, softcap, head, queries, first, last, scratch, softmax):
                 out[q, i] += part[q, i]
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _runs(slots, positions, most, begins):
     """Write where runs of up to `most` consecutive positions of one slot begin; return their number."""
     count, i = 0, 0
@@ -233,7 +233,7 @@ class _Job(NamedTuple):
     results: _Softmax
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _head_range(heads, kv):
     """Return which of the rank's query heads read its KV head `kv`."""
     head = heads.first // heads.group + kv
@@ -241,7 +241,7 @@ def _head_range(heads, kv):
     return low - heads.first, high - heads.first
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _fill_queries(job, run, kv, queries):
     """Write a run's queries that read a KV head; return their number."""
     heads, dim, n = job.heads, job.heads.dim, 0
@@ -257,7 +257,7 @@ def _fill_queries(job, run, kv, queries):
     return n
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _begin_softmax(job, run, kv, cut, softmax):
     """Write what a softmax begins with: nothing, or the sink of each head, which takes part in the sum once."""
     low, high = _head_range(job.heads, kv)
@@ -272,7 +272,7 @@ def _begin_softmax(job, run, kv, cut, softmax):
             n += 1
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _take(job, thread, threads):
     """Do items thread, thread + threads, ...; see `attention`."""
     cache, plan, results = job.cache, job.plan, job.results
@@ -297,12 +297,12 @@ def _take(job, thread, threads):
                      cache.value_scales[slot, kv])  # fmt: skip
         softmax = _Softmax(results.sums[item], results.tops[item], results.out[item if plan.cuts > 1 else thread])
         _begin_softmax(job, run, kv, cut, softmax)
-        _attend(cache.marker, np.float32(job.heads.softcap), head, own, first, last, scratch, softmax)
+        call(_attend, (cache.marker, np.float32(job.heads.softcap), head, own, first, last, scratch, softmax))
         if plan.cuts == 1:
             _put(job, run, kv, softmax)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _put(job, run, kv, softmax):
     """Write the outputs of an item that was not cut."""
     dim, n = job.heads.dim, 0
@@ -315,7 +315,7 @@ def _put(job, run, kv, softmax):
             n += 1
 
 
-@njit(cache=True, nogil=True)
+@inner
 def attention(heads, window, sinks, q, cache, step, out, threads):
     """Attend from each token to the positions of its slot up to its own.
 
@@ -339,15 +339,12 @@ def attention(heads, window, sinks, q, cache, step, out, threads):
     partial = np.zeros((items if cuts > 1 else threads, most, cache.values.shape[2] * ROWS), np.float32)
     results = _Softmax(sums, tops, partial)
     job = _Job(heads, window, sinks, q, cache, step, out, _Plan(begins, runs, cuts), results)
-    if threads == 1:
-        _take(job, np.int64(0), np.int64(1))
-    else:
-        run_parallel(_take, (job,), threads)
+    run_parallel(_take, (job,), threads)
     if cuts > 1:
-        _merge(job, kv_heads)
+        call(_merge, (job, kv_heads))
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _merge(job, kv_heads):
     """Join the softmax of items that were cut between threads."""
     heads, plan, results, out = job.heads, job.plan, job.results, job.out

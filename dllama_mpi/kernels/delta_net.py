@@ -20,9 +20,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from .compiled import inner
 from .layout import ROWS
 from .parallel import run_parallel
 from .runtime import FASTMATH
@@ -160,7 +161,7 @@ def _silu(typingctx, at):
     return types.void(types.int64), codegen
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _prepare(weights, shape, projected, state, runs, thread, threads):
     """Do one thread's columns of the convolution and of the gate's SiLU, in place."""
     taps = weights.taps
@@ -178,7 +179,7 @@ def _prepare(weights, shape, projected, state, runs, thread, threads):
                 _silu(gate + 4 * ROWS * block)
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
+@inner(fastmath=FASTMATH)
 def _inverse_norm(x):
     square = np.float32(0)
     for i in range(x.size):
@@ -186,7 +187,7 @@ def _inverse_norm(x):
     return np.float32(1) / np.float32(math.sqrt(square + _NORM_EPS))
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _factors(weights, shape, x, head, key, factors):
     """Write decay, scales of k and q, and beta of a run's tokens x for a value head into factors (tokens, 4)."""
     width, one = shape.key_dim, np.float32(1)
@@ -200,7 +201,7 @@ def _factors(weights, shape, x, head, key, factors):
         factors[t, 3] = one / (one + math.exp(-x[t, shape.b + head]))
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _recur(shape, x, head, key, block, memory, factors, out, column):
     """Pass a run's tokens x through 16 columns of a value head's state; output goes to out from `column` on."""
     width = min(ROWS, shape.value_dim - ROWS * block)
@@ -220,7 +221,7 @@ def _recur(shape, x, head, key, block, memory, factors, out, column):
                 out[t, out_at // 4 + c] = values[ROWS + c]
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
+@inner(fastmath=FASTMATH)
 def _gate(weights, shape, x, head, out, column):
     """Normalise a value head's output and multiply it with the gate, for a run's tokens."""
     width = shape.value_dim
@@ -233,7 +234,7 @@ def _gate(weights, shape, x, head, out, column):
             out[t, column + i] *= scale * weights.norm[i] * x[t, shape.z + head * width + i]
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _take(weights, shape, projected, state, runs, out, out_start, thread, threads):
     """Do one thread's blocks of columns of all runs, and the gates of heads that are wholly its own."""
     blocks, memory = state.memory.shape[2], state.memory
@@ -256,7 +257,7 @@ def _take(weights, shape, projected, state, runs, out, out_start, thread, thread
                 _gate(weights, shape, x, head, y, column)
 
 
-@njit(cache=True, nogil=True)
+@inner
 def delta_net_mix(weights, shape, projected, state, runs, out, out_start, threads):
     """Write the gated delta rule's output, normalised and gated, for each token and value head, and update the state.
 
@@ -268,13 +269,7 @@ def delta_net_mix(weights, shape, projected, state, runs, out, out_start, thread
     transformers, models/qwen3_next/modeling_qwen3_next.py: torch_recurrent_gated_delta_rule, Qwen3NextRMSNormGated.
     """
     tokens, blocks = projected.shape[0], state.memory.shape[2]
-    if threads == 1 or tokens == 1:  # starting a region costs more than one token
-        _prepare(weights, shape, projected, state, runs, np.int64(0), np.int64(1))
-    else:
-        run_parallel(_prepare, (weights, shape, projected, state, runs), threads)
-    if threads == 1:
-        _take(weights, shape, projected, state, runs, out, out_start, np.int64(0), np.int64(1))
-        return
+    run_parallel(_prepare, (weights, shape, projected, state, runs), np.int64(1) if tokens == 1 else threads)
     run_parallel(_take, (weights, shape, projected, state, runs, out, out_start), threads)
     items, done = weights.rate.size * blocks, -1
     for thread in range(1, threads):  # heads that were cut between threads

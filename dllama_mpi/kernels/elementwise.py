@@ -10,9 +10,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from .compiled import inner
 from .layout import BLOCK, ROWS
 from .parallel import run_parallel
 from .runtime import FASTMATH
@@ -34,7 +35,7 @@ def _as_element(typingctx, array, value):
     return array.dtype(array, types.float32), codegen
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
+@inner(fastmath=FASTMATH)
 def quantise_row(x, xq, xs, xc):
     """Quantise a float32 row to Q80: int8 codes, a float32 scale a block of 32, and -8 * the block's sum of codes."""
     for block in range(xs.size):
@@ -52,21 +53,18 @@ def quantise_row(x, xq, xs, xc):
         xc[block] = np.int32(-8) * total
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _quantise_share(x, tokens, thread, threads):
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
         quantise_row(x.values[t], x.codes[t], x.scales[t], x.offsets[t])
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def quantise(x, tokens, threads):
     """Write the Q80 form of the first tokens of `Activations`, if they have one."""
     if x.codes.size == 0:
         return
-    if tokens == 1 or threads == 1:
-        _quantise_share(x, tokens, np.int64(0), np.int64(1))
-    else:
-        run_parallel(_quantise_share, (x, tokens), threads)
+    run_parallel(_quantise_share, (x, tokens), np.int64(1) if tokens == 1 else threads)
 
 
 # ---- RMSNorm (arXiv:1910.07467)
@@ -112,7 +110,7 @@ def _scale_and_multiply(typingctx, at, weights, out, n, scale):
     return types.void(*[types.int64] * 4, types.float32), codegen
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def normalise_row(x, weight, size, eps, out):
     """Write the RMSNorm of `size` values of a contiguous float32 row; padding to 32s, and the weight's, is zero."""
     mean = _sum_of_squares(address(x), x.size) / np.float32(size)
@@ -120,7 +118,7 @@ def normalise_row(x, weight, size, eps, out):
     _scale_and_multiply(address(x), address(weight), address(out), x.size, scale)
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
+@inner(fastmath=FASTMATH)
 def rms_norm_row(x, weight, eps, size, out):
     """Write the RMSNorm of one head's row, or of any other that one rank alone looks at."""
     square = np.float32(0)
@@ -131,7 +129,7 @@ def rms_norm_row(x, weight, eps, size, out):
         out[i] = x[i] * scale * weight[i]
 
 
-@njit(cache=True, nogil=True, fastmath=FASTMATH, inline="never")
+@inner(fastmath=FASTMATH)
 def _rotate(head, cos, sin):
     half = cos.size
     for i in range(half):
@@ -140,7 +138,7 @@ def _rotate(head, cos, sin):
         head[half + i] = b * cos[i] + a * sin[i]
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _codes_of(x, codes):
     """Quantise up to 32 floats to int8 codes; return their scale as float16 bits."""
     largest = np.float32(0)
@@ -153,7 +151,7 @@ def _codes_of(x, codes):
     return scale
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _store(key, value, keys, key_scales, values, value_scales, position):
     """Put one head's key and value (head_dim,) float32 at a position of its cache."""
     tile, lane = position // ROWS, position % ROWS
@@ -193,14 +191,14 @@ class Preparation(NamedTuple):
     v_start: int
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _clip(head, limit):
     if limit > 0:
         for i in range(head.size):
             head[i] = max(-limit, min(limit, head[i]))
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _finish_head(head, norm, p, cos, sin):
     """Normalise and rotate one head (head_dim,) in place; cos and sin: (rotated dimensions / 2,)."""
     if norm.size > 0 and p.norm_last == 0:
@@ -211,7 +209,7 @@ def _finish_head(head, norm, p, cos, sin):
         rms_norm_row(head, norm, p.eps, head.size, head)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _rope_and_store_share(qkv, heads, p, step, rope, cache, thread, threads):
     tokens, dim = step.positions.size, heads.dim
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
@@ -230,7 +228,7 @@ def _rope_and_store_share(qkv, heads, p, step, rope, cache, thread, threads):
                    cache.value_scales[slot, h], step.positions[t])  # fmt: skip
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def rope_and_store(qkv, heads, preparation, step, rope, cache, threads):
     """Finish queries and keys in place and put keys and values into the cache.
 
@@ -239,7 +237,8 @@ def rope_and_store(qkv, heads, preparation, step, rope, cache, threads):
     dimensions / 2) float32, the rotary embedding in half-split order (arXiv:2104.09864), these tokens' from `first` on.
     rope: which of them.
     """
-    if threads == 1 or step.positions.size == 1:
-        _rope_and_store_share(qkv, heads, preparation, step, rope, cache, np.int64(0), np.int64(1))
-    else:
-        run_parallel(_rope_and_store_share, (qkv, heads, preparation, step, rope, cache), threads)
+    run_parallel(
+        _rope_and_store_share,
+        (qkv, heads, preparation, step, rope, cache),
+        np.int64(1) if step.positions.size == 1 else threads,
+    )

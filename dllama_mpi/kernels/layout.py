@@ -77,6 +77,14 @@ class TileFormat:
         """Bits a weight, without what a row has once."""
         return self.tile_bytes * 8 / (ROWS * BLOCK)
 
+    @property
+    def pieces(self) -> tuple[int, ...]:
+        """A tile is one array after another with so many bytes of each of its 16 rows."""
+        if not self.quantised_activations:
+            return (self.tile_bytes // (ROWS * BLOCK),) * BLOCK
+        heads = (1, 1) if self.kernel == "q4m" else (2,)
+        return heads + (4,) * ((self.tile_bytes - 2 * ROWS) // (4 * ROWS))
+
     def __reduce__(self) -> tuple[object, tuple[str]]:
         """Travel by name, so that a format is one object in every process, whoever sent it."""
         return format_named, (self.name,)

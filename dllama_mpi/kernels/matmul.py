@@ -20,10 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, njit, types
+from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .compiled import inner
 from .emitter import (
     BYTES,
     F16,
@@ -369,7 +370,7 @@ def _float_rows(typingctx, marker, w, w_stride, first, last, blocks, x, x_stride
     return types.void(marker, *[types.int64] * 10), codegen
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def float_rows(marker, w, w_stride, first, last, blocks, x, x_stride, y, y_stride, tokens):
     """Multiply rows [first, last) of float16 or float32 tiles with float32 activations, on the calling thread.
 

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from .layout import BLOCK, ROWS, aligned_empty, ceil_to
-from .parallel import run_parallel
+from .compiled import inner
+from .layout import BLOCK, aligned_empty, ceil_to
 from .simd import I64, address
 
 ADDRESS = 0  # of the first tile
@@ -83,7 +83,7 @@ def call_kernel(typingctx, kernel, arguments):
     return types.void(types.int64, arguments), codegen
 
 
-@njit(cache=True, nogil=True)
+@inner
 def multiply_rows(m, first, last, x, start, tokens, y, y_stride):
     """Multiply rows [first, last) of tiles of a matrix with activation rows start..start + tokens, on this thread.
 
@@ -97,48 +97,10 @@ def multiply_rows(m, first, last, x, start, tokens, y, y_stride):
                       address(x.offsets) + 4 * start * blocks, blocks, np.int64(tokens), y, y_stride))  # fmt: skip
 
 
-@njit(cache=True, nogil=True)
+@inner
 def expert_of(m, e, out):
     """Write the fields of expert e's matrix into out (FIELDS,) int64; m: those of all experts' matrices."""
     for i in range(FIELDS):
         out[i] = m[i]
     out[ADDRESS] += e * m[EXPERT_STRIDE]
     out[ROW_SCALES] += e * m[EXPERT_SCALES]
-
-
-@njit(cache=True, nogil=True)
-def share(matrix, x, out, column, tokens, thread, threads):
-    """Do one thread's part of the products of several matrices, outputs side by side in out from `column` on.
-
-    matrix: `Matrix`, fields (count, FIELDS). x, out: see `products`.
-    """
-    fields = matrix.fields
-    count, total = fields.shape[0], 0
-    for i in range(count):
-        total += fields[i, TILE_ROWS]
-    begin, end, base = total * thread // threads, total * (thread + 1) // threads, 0
-    for i in range(count):
-        rows = fields[i, TILE_ROWS]
-        first, last = max(begin, base) - base, min(end, base + rows) - base
-        if first < last:
-            y = address(out) + 4 * (column + ROWS * base)
-            multiply_rows(fields[i], first, last, x, np.int64(0), tokens, y, 4 * out.shape[1])
-        base += rows
-
-
-@njit(cache=True, nogil=True)
-def _products_share(matrix, x, out, tokens, thread, threads):
-    share(matrix, x, out, np.int64(0), tokens, thread, threads)
-
-
-@njit(cache=True, nogil=True)
-def products(matrix, x, out, tokens, threads):
-    """Multiply the first `tokens` rows of activations with several matrices, outputs side by side in out.
-
-    matrix: `Matrix`, fields (count, FIELDS). x: `Activations`. out: (>= tokens, >= 16 * all rows of tiles) float32,
-    contiguous.
-    """
-    if threads == 1:
-        _products_share(matrix, x, out, tokens, np.int64(0), np.int64(1))
-    else:
-        run_parallel(_products_share, (matrix, x, out, tokens), threads)

@@ -13,6 +13,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.ufunc.parallel import _launch_threads
 
+from .compiled import declare
 from .simd import I32, I64
 
 _launch_threads()  # loads the threading layer, and tells the linker of its `numba_parallel_for`
@@ -30,7 +31,8 @@ _POOL = ir.FunctionType(
 def run_parallel(typingctx, function, arguments, threads):
     """Call function(*arguments, thread, threads) for every thread in range(threads), at the same time.
 
-    function: compiled, returning nothing; arguments: a tuple. Returns when all are done.
+    function: compiled, of some module, returning nothing; arguments: a tuple. Returns when all are done. One thread is
+    this one: no region is begun.
     """
     whole = types.int64
     wanted = function.get_call_type(typingctx, (*arguments.types, whole, whole), {})
@@ -38,32 +40,35 @@ def run_parallel(typingctx, function, arguments, threads):
     def codegen(context, builder, signature, args):
         _, packed, count = args
         frame = ir.LiteralStructType([packed.type, I64])
-        compiled = function.dispatcher.get_compile_result(wanted)
-        context.add_linking_libs([compiled.library])
-        kernel = _emit_kernel(context, builder.module, compiled, arguments.types, frame)
-        _emit_call(builder, kernel, frame, packed, count)
+        callee = declare(context, builder.module, function.dispatcher, wanted.args)
+
+        def run(b, packed, thread, threads):
+            values = [
+                context.cast(b, b.extract_value(packed, i), kind, wanted_kind)
+                for i, (kind, wanted_kind) in enumerate(zip(arguments.types, wanted.args, strict=False))
+            ]
+            context.call_conv.call_function(b, callee, types.none, wanted.args, [*values, thread, threads])
+
+        with builder.if_else(builder.icmp_signed("==", count, I64(1))) as (alone, together):
+            with alone:
+                run(builder, packed, I64(0), count)
+            with together:
+                _emit_call(builder, _emit_kernel(builder.module, run, frame), frame, packed, count)
         return context.get_dummy_value()
 
     return types.void(function, arguments, whole), codegen
 
 
-def _emit_kernel(context, module, compiled, given, frame):
-    """Emit what the pool calls: it takes the arguments from the frame and calls the compiled function."""
+def _emit_kernel(module, run, frame):
+    """Emit what the pool calls: it takes the arguments from the frame and runs the compiled function."""
     kernel = ir.Function(module, _KERNEL, module.get_unique_name("parallel_region"))
     kernel.linkage = "internal"
     b = ir.IRBuilder(kernel.append_basic_block("entry"))
     slots, dimensions = kernel.args[:2]
     packed = b.load(b.bitcast(b.load(slots), frame.as_pointer()))
     first = b.ptrtoint(b.load(b.gep(slots, [I64(1)])), I64)
-    callee = context.declare_function(b.module, compiled.fndesc)
-    kinds = compiled.signature.args
-    values = [
-        context.cast(b, b.extract_value(b.extract_value(packed, 0), i), kind, wanted)
-        for i, (kind, wanted) in enumerate(zip(given, kinds, strict=False))
-    ]
     with cgutils.for_range(b, b.load(dimensions), intp=I64) as loop:
-        thread = b.add(first, loop.index)
-        context.call_conv.call_function(b, callee, types.none, kinds, [*values, thread, b.extract_value(packed, 1)])
+        run(b, b.extract_value(packed, 0), b.add(first, loop.index), b.extract_value(packed, 1))
     b.ret_void()
     return kernel
 

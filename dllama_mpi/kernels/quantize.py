@@ -6,9 +6,10 @@ import functools
 
 import numba
 import numpy as np
-from numba import cfunc, njit, types
+from numba import cfunc, types
 from numba.extending import intrinsic
 
+from .compiled import entry, inner
 from .layout import BLOCK, MXFP4, Q4M, ROWS, UNIT, TileFormat, ceil_div
 from .matrix import call_kernel
 from .parallel import run_parallel
@@ -19,7 +20,7 @@ BF16_BITS, PLAIN = 1, 0
 NO_SCALES = np.zeros(0, np.float32)
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _widen_share(raw, kind, out, bad, thread, threads):
     wrong, exponent = 0, np.uint32(0x7F800000)
     for r in range(raw.shape[0] * thread // threads, raw.shape[0] * (thread + 1) // threads):
@@ -30,7 +31,7 @@ def _widen_share(raw, kind, out, bad, thread, threads):
     bad[thread] = wrong
 
 
-@njit(cache=True, nogil=True)
+@entry
 def _widen_rows(raw, kind, out, bad):
     run_parallel(_widen_share, (raw, kind, out, bad), np.int64(bad.size))
 
@@ -62,7 +63,7 @@ def _compiled(name: str, packing: int):
     return cfunc(types.void(*[types.int64] * 5), cache=True, nopython=True)(row)
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _rows_share(function, x, tiles, row_scales, thread, threads):
     rows = tiles.shape[0]
     for row in range(rows * thread // threads, rows * (thread + 1) // threads):
@@ -70,7 +71,7 @@ def _rows_share(function, x, tiles, row_scales, thread, threads):
         call_kernel(function, (address(x[ROWS * row :]), x.strides[0], address(tiles[row:]), tiles.shape[1], scales))
 
 
-@njit(cache=True, nogil=True)
+@entry
 def _rows(function, x, tiles, row_scales, threads):
     run_parallel(_rows_share, (function, x, tiles, row_scales), threads)
 
@@ -108,7 +109,7 @@ def unpack_tiles(fmt: TileFormat, tiles: np.ndarray, row_scales: np.ndarray, x: 
 _SMALLEST = np.float32(2.0**-126)  # a normal float32, whose inverse is finite
 
 
-@njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
+@inner(fastmath={"nnan", "nsz"})
 def _q4m_scale(row):
     """Return a row's D: as small as lets s reach its blocks' ranges with 15 steps, and m what lies below zero."""
     scale = np.float32(0)
@@ -120,7 +121,7 @@ def _q4m_scale(row):
     return scale if scale >= _SMALLEST else np.float32(0)
 
 
-@njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
+@inner(fastmath={"nnan", "nsz"})
 def _largest_in_size(row):
     largest = np.float32(0)
     for i in range(row.size):
@@ -128,13 +129,13 @@ def _largest_in_size(row):
     return largest
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _row_scales_share(is_q4m, x, out, thread, threads):
     for r in range(x.shape[0] * thread // threads, x.shape[0] * (thread + 1) // threads):
         out[r] = max(out[r], _q4m_scale(x[r]) if is_q4m else _largest_in_size(x[r]))
 
 
-@njit(cache=True, nogil=True)
+@entry
 def _row_scales(is_q4m, x, out, threads):
     run_parallel(_row_scales_share, (is_q4m, x, out), threads)
 
@@ -169,7 +170,7 @@ def _mxfp4_scales(exponents: np.ndarray, is_used: np.ndarray) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _codes_share(packed, apart, tiles, thread, threads):
     for row in range(tiles.shape[0] * thread // threads, tiles.shape[0] * (thread + 1) // threads):
         for block in range(tiles.shape[1]):
@@ -188,7 +189,7 @@ def _codes_share(packed, apart, tiles, thread, threads):
                     codes[64 * (k // 4) + 4 * r + k % 4] = byte
 
 
-@njit(cache=True, nogil=True)
+@entry
 def _codes(packed, apart, tiles, threads):
     run_parallel(_codes_share, (packed, apart, tiles), threads)
 

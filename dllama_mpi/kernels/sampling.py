@@ -6,9 +6,10 @@ import math
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from .compiled import entry, inner
 from .layout import ROWS
 from .simd import (
     F32,
@@ -84,7 +85,7 @@ exponentials = _exponentials(keep=True)
 sum_exponentials = _exponentials(keep=False)
 
 
-@njit(cache=True, nogil=True)
+@entry
 def log_sum_exp(logits, temperature):
     """Return log(sum(exp(logits / temperature))) of a contiguous float32 row; -inf for none."""
     whole = logits.size // ROWS * ROWS
@@ -102,7 +103,7 @@ def log_sum_exp(logits, temperature):
     return top / temperature + math.log(total)
 
 
-@njit(cache=True, nogil=True)
+@inner
 def _insert(x, index, ids, values, filled):
     """Insert x into the sorted candidates if it belongs there; return how many there are."""
     k = ids.size
@@ -116,7 +117,7 @@ def _insert(x, index, ids, values, filled):
     return min(filled + 1, k)
 
 
-@njit(cache=True, nogil=True)
+@entry
 def top_k(logits, ids, values):
     """Write the largest logits of a contiguous float32 row and their indices, best first, ties by lower index.
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from .compiled import inner
 from .layout import ROWS
 from .parallel import run_parallel
 from .simd import F32, I64, EmitterHere, address, constant, vector
@@ -48,7 +49,7 @@ class ShortConv(NamedTuple):
     bias: np.ndarray
 
 
-@njit(cache=True, nogil=True)
+@inner
 def find_runs(slots, positions):
     """Return the runs of consecutive positions of one slot among tokens with these slots and positions (tokens,)."""
     count, n = 0, slots.size
@@ -128,7 +129,7 @@ def _copy(typingctx, source, target, first, last):
     return types.void(*[types.int64] * 4), codegen
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _blocks(x, stride, taps, bias, silu, out, first, last):
     """Convolve the columns [first, last) of one token, whose oldest input's row begins at address x."""
     taps_at, bias_at, count, row = address(taps), address(bias), taps.shape[0], 4 * taps.shape[1]
@@ -139,7 +140,7 @@ def _blocks(x, stride, taps, bias, silu, out, first, last):
             _convolve(x + at, stride, taps_at + at, row, count, bias_at + at, out + at)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def convolve_run(x, taps, bias, silu, state, start, first, last, head):
     """Convolve the columns [first, last) of one run's tokens in place, and bring its state to its end.
 
@@ -168,7 +169,7 @@ def convolve_run(x, taps, bias, silu, state, start, first, last, head):
         _blocks(here + t * width, width, taps, bias, silu, row + t * stride, first, last)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _take(weights, projected, states, runs, out, out_start, thread, threads):
     """Do one thread's part of the columns; see `short_conv_mix`."""
     taps, bias, in_bias = weights.taps, weights.bias, weights.in_bias
@@ -193,7 +194,7 @@ def _take(weights, projected, states, runs, out, out_start, thread, threads):
                 _multiply(row + at, row + 4 * width + at, to + at)
 
 
-@njit(cache=True, nogil=True)
+@inner
 def short_conv_mix(weights, projected, states, runs, out, out_start, threads):
     """Write C * conv(B * x) into out, where B, C and x stand side by side in a projection, and update the states.
 
@@ -203,7 +204,8 @@ def short_conv_mix(weights, projected, states, runs, out, out_start, threads):
 
     The gated short convolution of LFM2 (transformers, models/lfm2/modeling_lfm2.py).
     """
-    if threads == 1 or runs.begins[runs.slots.size] == 1:  # starting a region costs more than one token
-        _take(weights, projected, states, runs, out, out_start, np.int64(0), np.int64(1))
-    else:
-        run_parallel(_take, (weights, projected, states, runs, out, out_start), threads)
+    run_parallel(
+        _take,
+        (weights, projected, states, runs, out, out_start),
+        np.int64(1) if runs.begins[runs.slots.size] == 1 else threads,
+    )

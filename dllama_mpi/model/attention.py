@@ -6,10 +6,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..kernels.activation import multiply_by_sigmoids
 from ..kernels.attention import Heads, attention
+from ..kernels.compiled import call, inner
 from ..kernels.elementwise import Preparation, quantise, rope_and_store
 from ..kernels.layout import BLOCK, ROWS
 from ..kernels.matrix import Activations
@@ -70,7 +70,7 @@ class Exchange(NamedTuple):
     sums: np.ndarray
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _sum_of_squares(row):
     total = np.float32(0)
     for value in row:
@@ -78,7 +78,7 @@ def _sum_of_squares(row):
     return total
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _normalise_whole(w, layer, projected, tokens, exchange):
     """Replace queries and keys by their RMSNorms over all heads of all ranks. One small all-reduce, in float32."""
     q_norm, k_norm, dim = w.q_norm[layer], w.k_norm[layer], w.heads.dim
@@ -107,7 +107,7 @@ def _normalise_whole(w, layer, projected, tokens, exchange):
             projected[t, w.k_start + i] *= k_scale * k_norm[i]
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _gate(attended, column, projected, gate_start, n, tokens):
     """Multiply n outputs from a column on by the sigmoids of their gates."""
     whole = n // ROWS * ROWS
@@ -118,24 +118,24 @@ def _gate(attended, column, projected, gate_start, n, tokens):
             out[i] *= np.float32(1) / (np.float32(1) + np.float32(math.exp(-gates[i])))
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def attend(w, layer, x, step, cache, scratch, exchange, out, threads):
     """Write this rank's term of a layer's attention into out (tokens, hidden), and fill the KV cache.
 
     x: the normalised input. step: see `model.forward.Step`. cache: the layer's, see `KVLayer`.
     """
     tokens, projected, attended, heads = out.shape[0], scratch.projected, scratch.attended, w.heads
-    project(w.qkv, layer, x, projected, tokens, threads)
+    call(project, (w.qkv, layer, x, projected, tokens, threads))
     if w.whole != 0:
-        _normalise_whole(w, layer, projected, tokens, exchange)
+        call(_normalise_whole, (w, layer, projected, tokens, exchange))
         bias, q_norm, k_norm = w.bias[layer, :0], w.q_norm[layer, :0], w.k_norm[layer, :0]
     else:
         bias, q_norm, k_norm = w.bias[layer], w.q_norm[layer], w.k_norm[layer]
     prepared = Preparation(bias, q_norm, k_norm, w.eps, w.norm_last, w.clip, w.k_start, w.v_start)
-    rope_and_store(projected, heads, prepared, step, w.ropes[layer], cache, threads)
-    attention(heads, w.windows[layer], w.sinks[layer], projected, cache, step, attended.values, threads)
+    call(rope_and_store, (projected, heads, prepared, step, w.ropes[layer], cache, threads))
+    call(attention, (heads, w.windows[layer], w.sinks[layer], projected, cache, step, attended.values, threads))
     if w.gate_start > 0:
         n = (heads.last - heads.first) * heads.dim
         _gate(attended.values, heads.out_start, projected, w.gate_start, n, tokens)
     quantise(attended, tokens, threads)
-    multiply(w.o, layer, attended, out, tokens, threads)
+    call(multiply, (w.o, layer, attended, out, tokens, threads))

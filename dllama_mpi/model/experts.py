@@ -10,10 +10,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numba.extending import overload
 
 from ..kernels.activation import sigmoids
+from ..kernels.compiled import call, inner
 from ..kernels.layout import BLOCK, ROWS
 from ..kernels.matrix import FIELDS, TILE_ROWS, Activations, expert_of, multiply_rows
 from ..kernels.parallel import run_parallel
@@ -102,7 +102,7 @@ class ExpertsScratch(NamedTuple):
 # ---- choosing
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _group_is_open(scores, routing, group):
     """Return whether a group is among the best, by the sum of its two best scores; lower groups first on ties."""
     size, better, own = routing.experts // routing.groups, 0, np.float32(0)
@@ -124,7 +124,7 @@ def _group_is_open(scores, routing, group):
     return better < routing.best_groups
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _choose(scores, routing, chosen):
     """Write the experts of the best scores (experts,), best first, lower numbers first on ties."""
     count, size = 0, routing.experts // routing.groups
@@ -142,7 +142,7 @@ def _choose(scores, routing, chosen):
         count = min(count + 1, routing.chosen)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _weigh(values, routing, chosen, weights):
     """Write the weights of the chosen experts from logits (SOFTMAX) or from sigmoid scores."""
     total = np.float32(0)
@@ -167,7 +167,7 @@ def _weigh(values, routing, chosen, weights):
         weights[j] = weights[j] / total * np.float32(routing.scale)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def route(router_bias, correction, routing, scratch, tokens):
     """Choose and weigh the experts of each token from scratch.logits, and list the pairs of each expert in turn.
 
@@ -206,7 +206,7 @@ def route(router_bias, correction, routing, scratch, tokens):
 # ---- the chosen experts
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _gather_share(x, scratch, pairs, thread, threads):
     """Copy the inputs of a thread's share of the pairs, in whichever form is used."""
     to = scratch.gathered
@@ -222,14 +222,14 @@ def _gather_share(x, scratch, pairs, thread, threads):
                 to.scales[pair, i], to.offsets[pair, i] = x.scales[t, i], x.offsets[t, i]
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _add_expert_biases(biases, scratch, row, block):
     for i in range(BLOCK * block, min(BLOCK * block + BLOCK, biases.shape[1])):
         scratch.inner.values[row, i] += biases[0, i]
         scratch.up[row, i] += biases[1, i]
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _gate_up_share(w, layer, x, scratch, thread, threads):
     """Do a thread's share of the blocks of 32 inner columns of all pairs: expert by expert, its pairs together."""
     mlp, starts, experts = scratch.mlp, scratch.starts, w.routing.experts
@@ -257,7 +257,7 @@ def _gate_up_share(w, layer, x, scratch, thread, threads):
                 finish_inner(mlp, w.activation, row, block)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _down_share(w, layer, scratch, out, is_first, thread, threads):
     """Add, for a thread's share of the hidden rows, every expert's weighed output to out, in the experts' order."""
     starts, product, m = scratch.starts, scratch.product, np.empty(FIELDS, np.int64)
@@ -301,16 +301,16 @@ def _choose_shared(w, layer, x, scratch, tokens, out, threads):
     if fields["shared_gate"].instance_class is NoMatrix:
 
         def plain(w, layer, x, scratch, tokens, out, threads):
-            gated_mlp(w.shared, layer, x, scratch.shared, tokens, out, threads)
+            call(gated_mlp, (w.shared, layer, x, scratch.shared, tokens, out, threads))
             return True
 
         return plain
 
     def gated(w, layer, x, scratch, tokens, out, threads):
         gates = scratch.shared_gates
-        multiply(w.shared_gate, layer, x, gates, tokens, np.int64(1))
+        call(multiply, (w.shared_gate, layer, x, gates, tokens, np.int64(1)))
         sigmoids(address(gates), np.int64(ROWS * tokens))
-        gated_mlp(w.shared, layer, x, scratch.shared, tokens, out, threads)
+        call(gated_mlp, (w.shared, layer, x, scratch.shared, tokens, out, threads))
         for t in range(tokens):
             for i in range(out.shape[1]):
                 out[t, i] *= gates[t, 0]
@@ -319,19 +319,12 @@ def _choose_shared(w, layer, x, scratch, tokens, out, threads):
     return gated
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def mixture_of_experts(w, layer, x, scratch, tokens, out, threads):
     """Write this rank's term of a layer of experts, of the first `tokens` rows of x, into out (tokens, hidden)."""
-    multiply(w.router, layer, x, scratch.logits, tokens, threads)
-    route(w.router_bias[layer], w.correction[layer], w.routing, scratch, tokens)
+    call(multiply, (w.router, layer, x, scratch.logits, tokens, threads))
+    call(route, (w.router_bias[layer], w.correction[layer], w.routing, scratch, tokens))
     is_first, pairs = not _shared(w, layer, x, scratch, tokens, out, threads), tokens * w.routing.chosen
-    if threads == 1 or pairs <= FEW_PAIRS:
-        _gather_share(x, scratch, pairs, np.int64(0), np.int64(1))
-    else:
-        run_parallel(_gather_share, (x, scratch, pairs), threads)
-    if threads == 1:
-        _gate_up_share(w, layer, scratch.gathered, scratch, np.int64(0), np.int64(1))
-        _down_share(w, layer, scratch, out, is_first, np.int64(0), np.int64(1))
-    else:
-        run_parallel(_gate_up_share, (w, layer, scratch.gathered, scratch), threads)
-        run_parallel(_down_share, (w, layer, scratch, out, is_first), threads)
+    run_parallel(_gather_share, (x, scratch, pairs), np.int64(1) if pairs <= FEW_PAIRS else threads)
+    run_parallel(_gate_up_share, (w, layer, scratch.gathered, scratch), threads)
+    run_parallel(_down_share, (w, layer, scratch, out, is_first), threads)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numba.extending import overload
 
 from ..kernels.attention import KVLayer
+from ..kernels.compiled import call, entry, inner
 from ..kernels.elementwise import normalise_row, quantise_row
 from ..kernels.layout import BLOCK
 from ..kernels.matrix import ADDRESS, STRIDE, TILE_ROWS
@@ -114,16 +114,16 @@ def _choose_mixer(w, layer, x, step, memory, scratch, exchange, out, threads):
         def attention(w, layer, x, step, memory, scratch, exchange, out, threads):
             cache = KVLayer(memory.marker, memory.keys[layer], memory.key_scales[layer], memory.values[layer],
                             memory.value_scales[layer])  # fmt: skip
-            attend(w, layer, x, step, cache, scratch, exchange, out, threads)
+            call(attend, (w, layer, x, step, cache, scratch, exchange, out, threads))
 
         return attention
     if w.instance_class is DeltaNets:
-        return lambda w, layer, x, step, memory, scratch, exchange, out, threads: recur(
-            w, layer, x, step, memory, scratch, out, threads
+        return lambda w, layer, x, step, memory, scratch, exchange, out, threads: call(
+            recur, (w, layer, x, step, memory, scratch, out, threads)
         )
     if w.instance_class is ShortConvs:
-        return lambda w, layer, x, step, memory, scratch, exchange, out, threads: convolve(
-            w, layer, x, step, memory, scratch, out, threads
+        return lambda w, layer, x, step, memory, scratch, exchange, out, threads: call(
+            convolve, (w, layer, x, step, memory, scratch, out, threads)
         )
     return None
 
@@ -136,10 +136,12 @@ def feed(w, layer, x, scratch, tokens, out, threads):
 @overload(feed)
 def _choose_feed(w, layer, x, scratch, tokens, out, threads):
     if w.instance_class is GatedMLP:
-        return lambda w, layer, x, scratch, tokens, out, threads: gated_mlp(w, layer, x, scratch, tokens, out, threads)
+        return lambda w, layer, x, scratch, tokens, out, threads: call(
+            gated_mlp, (w, layer, x, scratch, tokens, out, threads)
+        )
     if w.instance_class is Experts:
-        return lambda w, layer, x, scratch, tokens, out, threads: mixture_of_experts(
-            w, layer, x, scratch, tokens, out, threads
+        return lambda w, layer, x, scratch, tokens, out, threads: call(
+            mixture_of_experts, (w, layer, x, scratch, tokens, out, threads)
         )
     return None
 
@@ -172,7 +174,7 @@ class Sum(NamedTuple):
     scale: float
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _add_row(residual, t, addend, scratch):
     """Add a half's outcome to one token's residual; scratch: a row like it."""
     row, source = residual.rows[t], addend.source
@@ -193,7 +195,7 @@ def _add_row(residual, t, addend, scratch):
         row[i] += np.float32(addend.scale) * total[i]
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _add_share(residual, addend, norm, x, is_last, thread, threads):
     tokens = residual.rows.shape[0]
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
@@ -209,17 +211,16 @@ def _add_share(residual, addend, norm, x, is_last, thread, threads):
             quantise_row(x.values[t], x.codes[t], x.scales[t], x.offsets[t])
 
 
-@njit(cache=True, nogil=True, inline="never")
+@entry
 def add_and_normalise(residual, addend, norm, x, is_last, threads):
     """Add the outcome of a half to the residual, in place; write its norm to x unless this is the last.
 
     norm: (hidden to 32s,) weights, or empty to write the residual as it is. x: `Activations`, quantised as well where
     they have room for it; always used as scratch.
     """
-    if threads == 1 or residual.rows.shape[0] == 1:
-        _add_share(residual, addend, norm, x, is_last, np.int64(0), np.int64(1))
-    else:
-        run_parallel(_add_share, (residual, addend, norm, x, is_last), threads)
+    run_parallel(
+        _add_share, (residual, addend, norm, x, is_last), np.int64(1) if residual.rows.shape[0] == 1 else threads
+    )
 
 
 # ---- the layers
@@ -244,14 +245,14 @@ def _choose_first_matrix(w):
     return _FIRST[w.instance_class]
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _ahead(w, layer, threads):
     """Return the memory that a thread reads first of a half."""
     fields = first_matrix(w).fields[layer]
     return Ahead(fields[ADDRESS], fields[STRIDE] * fields[TILE_ROWS] // threads)
 
 
-@njit(cache=True, nogil=True)
+@entry
 def decoder_layers(segment, step, residual, scratch, terms, link, parts, turn, threads):
     """Pass the residual (tokens, hidden to 32s) float32 through a segment's layers, in place.
 
@@ -270,7 +271,7 @@ def decoder_layers(segment, step, residual, scratch, terms, link, parts, turn, t
             addend = Sum(sources[p], feeding.bias[layer - 1], feeding.after[layer - 1], feeding.scale)
             if layer == 0:  # nothing was started yet
                 addend = Sum(sources[p], feeding.bias[0, :0], feeding.after[0, :0], 1.0)
-            add_and_normalise(rows, addend, mixing.before[layer], x, goes_on, threads)
+            call(add_and_normalise, (rows, addend, mixing.before[layer], x, goes_on, threads))
             tokens = Step(step.slots[a:b], step.positions[a:b], step.query_scales[a:b], step.cos, step.sin, a)
             exchange = Exchange(link, p, terms[turn, a:b])
             mix(segment.mixer, layer, x, tokens, segment.memory, scratch.mixer, exchange, terms[own, a:b], threads)
@@ -282,7 +283,7 @@ def decoder_layers(segment, step, residual, scratch, terms, link, parts, turn, t
             rows = Residual(residual[a:b], segment.hidden, segment.eps)
             finish_exchange(link, sources[p])
             addend = Sum(sources[p], mixing.bias[layer], mixing.after[layer], mixing.scale)
-            add_and_normalise(rows, addend, feeding.before[layer], x, goes_on, threads)
+            call(add_and_normalise, (rows, addend, feeding.before[layer], x, goes_on, threads))
             feed(segment.feed, layer, x, scratch.feed, b - a, terms[turn, a:b], threads)
             start_exchange(link, address(terms[turn, a:b]), (b - a) * terms.shape[2] // BLOCK, p, False, sources[p],
                            _ahead(segment.mixer, min(layer + 1, segment.layers - 1), threads))  # fmt: skip
@@ -291,5 +292,5 @@ def decoder_layers(segment, step, residual, scratch, terms, link, parts, turn, t
         rows, after = Residual(residual[parts[p] : parts[p + 1]], segment.hidden, segment.eps), segment.layers - 1
         finish_exchange(link, sources[p])
         addend = Sum(sources[p], feeding.bias[after], feeding.after[after], feeding.scale)
-        add_and_normalise(rows, addend, mixing.before[0, :0], x, ends, threads)
+        call(add_and_normalise, (rows, addend, mixing.before[0, :0], x, ends, threads))
     return turn

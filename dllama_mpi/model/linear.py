@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numba.extending import overload
 
+from ..kernels.compiled import entry, inner
 from ..kernels.layout import ROWS
 from ..kernels.matrix import FIELDS, TILE_ROWS, multiply_rows
 from ..kernels.parallel import run_parallel
@@ -59,7 +59,7 @@ def _choose_share_of(matrix, layer, x, out, column, tokens, thread, threads):
     return share
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _project_share(w, layer, x, out, tokens, thread, threads):
     column = _share_of(w.first, layer, x, out, np.int64(0), tokens, thread, threads)
     column = _share_of(w.second, layer, x, out, column, tokens, thread, threads)
@@ -69,31 +69,25 @@ def _project_share(w, layer, x, out, tokens, thread, threads):
     _share_of(w.sixth, layer, x, out, column, tokens, thread, threads)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def project(w, layer, x, out, tokens, threads):
     """Multiply the first `tokens` rows of `Activations` x with a layer's matrices of a `SideBySide`.
 
     out: (>= tokens, >= all outputs) float32, contiguous.
     """
-    if threads == 1:
-        _project_share(w, layer, x, out, tokens, np.int64(0), np.int64(1))
-    else:
-        run_parallel(_project_share, (w, layer, x, out, tokens), threads)
+    run_parallel(_project_share, (w, layer, x, out, tokens), threads)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _multiply_share(matrix, layer, x, out, tokens, thread, threads):
     _share_of(matrix, layer, x, out, np.int64(0), tokens, thread, threads)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@entry
 def multiply(matrix, layer, x, out, tokens, threads):
     """Multiply the first `tokens` rows of `Activations` x with a layer's matrix.
 
     For a row-parallel matrix, Y = sum over ranks of X_r A_r^T, out gets this rank's term: one all-reduce.
     out: (>= tokens, >= rows to 16s) float32, contiguous.
     """
-    if threads == 1:
-        _multiply_share(matrix, layer, x, out, tokens, np.int64(0), np.int64(1))
-    else:
-        run_parallel(_multiply_share, (matrix, layer, x, out, tokens), threads)
+    run_parallel(_multiply_share, (matrix, layer, x, out, tokens), threads)

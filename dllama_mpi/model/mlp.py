@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from ..kernels.activation import activate
+from ..kernels.compiled import call, inner
 from ..kernels.elementwise import quantise_row
 from ..kernels.layout import BLOCK
 from ..kernels.matrix import TILE_ROWS, Activations, multiply_rows
@@ -42,7 +42,7 @@ class MLPScratch(NamedTuple):
     up: np.ndarray
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def finish_inner(scratch, activation, row, block):
     """Activate 32 values of a row of gate, held in `inner`, and of up; quantise them if `inner` has a Q80 form."""
     inner = scratch.inner
@@ -53,7 +53,7 @@ def finish_inner(scratch, activation, row, block):
         quantise_row(inner.values[row, part], inner.codes[row, part], inner.scales[row, one], inner.offsets[row, one])
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _add_biases(biases, scratch, row, block):
     inner, up = scratch.inner.values, scratch.up
     for i in range(BLOCK * block, min(BLOCK * block + BLOCK, biases.shape[1])):
@@ -61,7 +61,7 @@ def _add_biases(biases, scratch, row, block):
         up[row, i] += biases[1, i]
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _gate_up_share(w, layer, x, scratch, tokens, thread, threads):
     gate, up, inner = w.gate.fields[layer], w.up.fields[layer], scratch.inner.values
     blocks, stride, start = inner.shape[1] // BLOCK, 4 * inner.shape[1], np.int64(0)
@@ -75,11 +75,8 @@ def _gate_up_share(w, layer, x, scratch, tokens, thread, threads):
             finish_inner(scratch, w.activation, t, block)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def gated_mlp(w, layer, x, scratch, tokens, out, threads):
     """Write this rank's term of a feed-forward layer of the first `tokens` rows of x into out (>= tokens, hidden)."""
-    if threads == 1:
-        _gate_up_share(w, layer, x, scratch, tokens, np.int64(0), np.int64(1))
-    else:
-        run_parallel(_gate_up_share, (w, layer, x, scratch, tokens), threads)
-    multiply(w.down, layer, scratch.inner, out, tokens, threads)
+    run_parallel(_gate_up_share, (w, layer, x, scratch, tokens), threads)
+    call(multiply, (w.down, layer, scratch.inner, out, tokens, threads))

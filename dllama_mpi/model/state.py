@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from ..kernels.compiled import call, inner
 from ..kernels.delta_net import DeltaNet, DeltaNetShape, DeltaNetState, delta_net_mix
 from ..kernels.elementwise import quantise
 from ..kernels.matrix import Activations
@@ -71,26 +71,26 @@ class ShortConvMemory(NamedTuple):
     states: np.ndarray
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def recur(w, layer, x, step, memory, scratch, out, threads):
     """Write this rank's term of a layer's delta net into out (tokens, hidden), and bring its states forward."""
     tokens, projected, mixed = out.shape[0], scratch.projected, scratch.mixed
-    project(w.projections, layer, x, projected, tokens, threads)
+    call(project, (w.projections, layer, x, projected, tokens, threads))
     weights = DeltaNet(w.taps[layer], w.bias[layer], w.rate[layer], w.dt_bias[layer], w.norm[layer], np.float32(w.eps))
     state = DeltaNetState(memory.conv[layer], memory.states[layer])
     runs = find_runs(step.slots, step.positions)
-    delta_net_mix(weights, w.shape, projected[:tokens], state, runs, mixed.values, w.out_start, threads)
+    call(delta_net_mix, (weights, w.shape, projected[:tokens], state, runs, mixed.values, w.out_start, threads))
     quantise(mixed, tokens, threads)
-    multiply(w.o, layer, mixed, out, tokens, threads)
+    call(multiply, (w.o, layer, mixed, out, tokens, threads))
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def convolve(w, layer, x, step, memory, scratch, out, threads):
     """Write this rank's term of a layer's short convolution into out (tokens, hidden), and keep its last inputs."""
     tokens, projected, mixed = out.shape[0], scratch.projected, scratch.mixed
-    project(w.projections, layer, x, projected, tokens, threads)
+    call(project, (w.projections, layer, x, projected, tokens, threads))
     weights = ShortConv(w.in_bias[layer], w.taps[layer], w.bias[layer])
     runs = find_runs(step.slots, step.positions)
-    short_conv_mix(weights, projected[:tokens], memory.states[layer], runs, mixed.values, np.int64(0), threads)
+    call(short_conv_mix, (weights, projected[:tokens], memory.states[layer], runs, mixed.values, np.int64(0), threads))
     quantise(mixed, tokens, threads)
-    multiply(w.o, layer, mixed, out, tokens, threads)
+    call(multiply, (w.o, layer, mixed, out, tokens, threads))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import ModelError
-from ..kernels.layout import BLOCK, Q4M, ROWS, TileFormat, aligned_empty, ceil_div, ceil_to
+from ..kernels.layout import BLOCK, ROWS, TileFormat, aligned_empty, ceil_div, ceil_to
 from ..kernels.matmul import described
 from ..kernels.quantize import NO_SCALES, pack_tiles, unpack_tiles, update_row_scales
 from .source import Range, Tensor, TileTensor
@@ -94,8 +94,8 @@ def _of_another_shape(tensor: Tensor, expected: tuple[int, ...]) -> ModelError:
 def load_matrix(tensor: Tensor, shape: tuple[int, ...], ranges: tuple[Range, ...], fmt: TileFormat) -> TileMatrix:
     """Return a part of a matrix, or of all experts' matrices, in a tile format.
 
-    Tiles of the wanted format that the part does not cut are copied; anything else is read and quantised 16 MB of
-    float32 at a time. shape: the whole's. ranges: of each axis; columns must begin at a multiple of 32.
+    What has the wanted format already is copied, code for code; anything else is read and quantised 16 MB of float32
+    at a time. shape: the whole's. ranges: of each axis; columns must begin at a multiple of 32.
 
     Raises:
         ModelError: the tensor's shape is not `shape`, or a value is not finite.
@@ -114,11 +114,11 @@ def load_matrix(tensor: Tensor, shape: tuple[int, ...], ranges: tuple[Range, ...
     experts = range(*ranges[0]) if len(shape) == 3 else range(1)
     whole_tiles = rows[0] % ROWS == 0 and (rows[1] % ROWS == 0 or rows[1] == shape[-2])
     for i, expert in enumerate(experts):
-        if isinstance(tensor, TileTensor) and tensor.format is fmt and whole_tiles:
-            _copy(tensor, expert, rows, cols, matrix, i)
-        elif isinstance(tensor, TileTensor) and tensor.format is fmt and fmt.quantised_activations:
-            _copy_rows(tensor, expert, rows, cols, matrix, i)
-        elif matrix.tiles.size:
+        if not matrix.tiles.size:
+            continue
+        if isinstance(tensor, TileTensor) and tensor.format is fmt:
+            (_copy if whole_tiles else _copy_rows)(tensor, expert, rows, cols, matrix, i)
+        else:
             _fill(tensor, expert, (rows, cols, shape[-1]), matrix.tiles[i], matrix.row_scales[i], fmt)
     tensor.release()
     return matrix
@@ -140,27 +140,23 @@ def _copy(tensor: TileTensor, expert: int, rows: Range, cols: Range, to: TileMat
 
 def _copy_rows(tensor: TileTensor, expert: int, rows: Range, cols: Range, to: TileMatrix, i: int) -> None:
     """Copy rows of tiles that the part cuts, code for code: quantising them again would not give the same."""
-    first, last = rows[0] // ROWS, ceil_div(rows[1], ROWS)
+    first, last, count = rows[0] // ROWS, ceil_div(rows[1], ROWS), rows[1] - rows[0]
     tiles = _of_expert(tensor.data, expert, 3)[first:last, cols[0] // BLOCK : ceil_div(cols[1], BLOCK)]
-    start, count = rows[0] - ROWS * first, rows[1] - rows[0]
-    shift = slice(start, start + count)
+    wanted, across = slice(rows[0] - ROWS * first, rows[1] - ROWS * first), tiles.shape[1]
+    scales = to.row_scales[i, :ROWS]
     if tensor.row_scales is not None:
-        to.row_scales[i] = 0
-        to.row_scales[i, :count] = _of_expert(tensor.row_scales, expert, 1)[ROWS * first :][shift]
-    across = tiles.shape[1]
-    heads = (16, 16) if tensor.format is Q4M else (32,)  # arrays of one element a row, before the codes
-    parts = [size // ROWS for size in heads] + [4] * ((tensor.format.tile_bytes - 2 * ROWS) // (4 * ROWS))
-    at, zero = 0, np.zeros((1, 1, tensor.format.tile_bytes), np.uint8)
-    scales = np.zeros(ROWS if tensor.row_scales is not None else 0, np.float32)
-    pack_tiles(tensor.format, np.zeros((ROWS, BLOCK), np.float32), zero, scales)
-    zero = zero[0, 0]  # what rows of padding are
-    for width in parts:
-        each = tiles[:, :, at : at + ROWS * width].reshape(len(tiles), across, ROWS, width)
-        by_row = each.transpose(0, 2, 1, 3).reshape(-1, across, width)[shift]
-        padded = np.empty((ROWS * to.tiles.shape[1], across, width), np.uint8)
-        padded[:count], padded[count:] = by_row, zero[at : at + width]
-        back = padded.reshape(-1, ROWS, across, width).transpose(0, 2, 1, 3)
-        to.tiles[i, :, :, at : at + ROWS * width] = back.reshape(back.shape[0], across, -1)
+        to.row_scales[i, :count] = _of_expert(tensor.row_scales, expert, 1)[ROWS * first :][wanted]
+    zeros = np.zeros((1, 1, tensor.format.tile_bytes), np.uint8)
+    pack_tiles(tensor.format, np.zeros((ROWS, BLOCK), np.float32), zeros, np.zeros_like(scales))
+    at = 0
+    for width in tensor.format.pieces:
+        piece = slice(at, at + ROWS * width)
+        by_row = tiles[:, :, piece].reshape(-1, across, ROWS, width).transpose(0, 2, 1, 3)
+        moved = np.empty((ROWS * to.tiles.shape[1], across, width), np.uint8)
+        moved[:count] = by_row.reshape(-1, across, width)[wanted]
+        moved[count:] = zeros[0, 0, at : at + width]  # what rows of padding are
+        back = moved.reshape(-1, ROWS, across, width).transpose(0, 2, 1, 3)
+        to.tiles[i, :, :, piece] = back.reshape(-1, across, ROWS * width)
         at += ROWS * width
 
 

@@ -31,7 +31,8 @@ def test_a_job_of_its_own_writes_what_shared_ranks_write() -> None:
 
 
 def test_greedy_text_is_the_same_at_any_rank_count() -> None:
-    texts = {ranks: pool(ranks).run(GREEDY).stdout for ranks in (1, 2, 3, 4)}
+    exact = [*GREEDY, "--weights", "f32", "--buffer-float-type", "f32"]  # else a tie may go the other way
+    texts = {ranks: pool(ranks).run(exact).stdout for ranks in (1, 2, 3, 4)}
     assert set(texts.values()) == {texts[1]}, texts
 
 
@@ -156,7 +157,7 @@ def test_info_of_layers_of_several_kinds() -> None:
     assert all(need["states_bytes"] > 0 for need in report["memory"])
     text = pool(1).run(info).stdout
     assert "experts 16, experts per token 4" in text
-    assert "f16     router" in text
+    assert any(line.startswith("f16 ") and "router" in line for line in text.splitlines())
 
 
 def test_architectures_are_listed() -> None:

@@ -11,12 +11,10 @@ import pytest
 from tests.all_cases import ALL_CASES
 from tests.mpi.launch import ROOT
 from tests.mpi.pool import pool
-from tests.tiers import QUICK_CASES, all_but
+from tests.tiers import QUICK_CASES, QUICK_FAMILIES, all_but, slow
 from tests.tiny_models import text_config, write_model
 
 TOLERANCE = 1e-4  # of logits about 1 to 5 in size; the observed error is about 1e-5
-QUICK_OTHERS = ("gemma3", "olmo2", "qwen3_moe", "gpt_oss", "qwen3_5", "lfm2")
-"""And of other families: two ropes and four norms, norms over all heads, experts, sinks, states, convolutions."""
 
 
 def fits(name: str, ranks: int) -> bool:
@@ -35,7 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("ranks", "name"),
-    all_but([*product((1, 2, 4), QUICK_CASES), *product((2,), QUICK_OTHERS)], EVERY),
+    all_but([*product((1, 2, 4), QUICK_CASES), *product((2,), QUICK_FAMILIES)], EVERY),
 )
 def test_parity(ranks: int, name: str, models: Path) -> None:
     if not (models / name).exists():
@@ -45,3 +43,26 @@ def test_parity(ranks: int, name: str, models: Path) -> None:
     assert max(result["errors"].values()) < TOLERANCE, result["errors"]
     for how, tokens in result["greedy"].items():
         assert tokens == result["expected"], how
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name", "weights", "formats"),
+    [
+        (2, "gpt_oss", "default", ["f16", "mxfp4", "q4m"]),
+        slow(2, "gpt_oss", "mxfp4", ["f16", "mxfp4"]),
+        slow(4, "gpt_oss", "q40", ["f16", "mxfp4", "q40"]),
+        slow(3, "gpt_oss_bf16", "iq4nl,experts=q80", ["f16", "iq4nl", "q80"]),
+        slow(4, "glm4_moe_groups", "q4m", ["f16", "q4m"]),
+    ],
+)
+def test_quantised_parity(ranks: int, name: str, weights: str, formats: list[str], models: Path) -> None:
+    """Of models whose heads are whole blocks: cuts change no rounding but, now and then, that of an activation."""
+    if not (models / name).exists():
+        write_model(ALL_CASES[name], models / name)
+    done = pool(ranks).run([str(ROOT / "tests/mpi/quantised_job.py"), str(models / name), weights])
+    result = json.loads(done.stdout)
+    assert result["formats"] == formats
+    assert result["size"] > 1
+    differences = sorted(result["differences"])
+    assert differences[len(differences) // 2] < TOLERANCE
+    assert differences[-1] < 0.5

@@ -9,8 +9,9 @@ import numpy as np
 from dllama_mpi.kernels import elementwise
 from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS, aligned_empty
 from dllama_mpi.kernels.matmul import described
-from dllama_mpi.kernels.matrix import Activations, Matrix, products
+from dllama_mpi.kernels.matrix import Activations, Matrix
 from dllama_mpi.kernels.quantize import pack_tiles, unpack_tiles, update_row_scales
+from dllama_mpi.model.linear import multiply
 from dllama_mpi.parallel.collective.payload import encode
 from dllama_mpi.parallel.collective.table import PAYLOADS
 from tests import naive
@@ -113,6 +114,6 @@ def matmul(tiles: Tiles, x: Floats, threads: int = 1) -> Floats:
     """Return x @ matrix^T (tokens, 16 * rows of tiles) by the kernel; x (tokens, cols) may end inside a block."""
     # Rows are longer than needed: the kernel must keep to its own.
     y = np.full((len(x), ROWS * len(tiles.tiles) + 3), np.nan, np.float32)
-    products(fields(tiles), inputs(x), y, len(x), threads)
+    multiply(fields(tiles), 0, inputs(x), y, len(x), threads)
     assert np.isnan(y[:, -3:]).all()
     return y[:, :-3]

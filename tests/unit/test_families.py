@@ -14,19 +14,13 @@ from dllama_mpi.errors import UsageError
 from tests.all_cases import FAMILY_CASES
 from tests.naive_experts import SparseModel
 from tests.one_rank import OneRank
-from tests.tiers import all_but
+from tests.tiers import QUICK_FAMILIES, all_but, slow
 from tests.tiny_models import GREEDY_TOKENS, Case, load_reference, text_config, write_model
 
-QUICK = (
-    "qwen3_moe", "qwen2_moe_mixed", "mixtral_window", "olmoe_clip", "granitemoe", "gpt_oss", "glm4_moe_groups",
-    "gemma2", "olmo2",
-)  # fmt: skip
-"""What the quick tier tries at length: one case of each kind of arithmetic."""
 F32_TOLERANCE = 1e-4
 """Largest difference from transformers' float32 logits, which spread over about 10; 3e-5 is measured."""
 GREEDY = SamplingParams(temperature=0, max_tokens=GREEDY_TOKENS, ignore_eos=True)
-every_case = pytest.mark.parametrize("name", FAMILY_CASES)
-most_cases = pytest.mark.parametrize("name", all_but(QUICK, FAMILY_CASES))
+every_case = pytest.mark.parametrize("name", all_but(QUICK_FAMILIES, FAMILY_CASES))
 Load = Callable[..., OneRank]
 
 
@@ -73,8 +67,8 @@ def test_the_references(name: str, chunk: int, load: Load) -> None:
     assert together[0].token_ids == reference.greedy.tolist()
 
 
-@most_cases
-@pytest.mark.parametrize("weights", ["f32", "q40"])
+@every_case
+@pytest.mark.parametrize("weights", ["f32", slow("q40")])
 def test_company_and_chunks_change_no_token(name: str, weights: str, load: Load) -> None:
     case = FAMILY_CASES[name]
     alone = load(name, weights=weights)
@@ -84,8 +78,8 @@ def test_company_and_chunks_change_no_token(name: str, weights: str, load: Load)
     assert [result.token_ids for result in together.generate(prompts(case), GREEDY)] == ref
 
 
-@most_cases
-@pytest.mark.parametrize("weights", ["f32", "q40"])
+@every_case
+@pytest.mark.parametrize("weights", ["f32", slow("q40")])
 def test_chunks_and_threads_change_no_bit(name: str, weights: str, load: Load) -> None:
     case = FAMILY_CASES[name]
     tokens = load_reference(case).tokens.tolist()
@@ -99,7 +93,9 @@ def test_chunks_and_threads_change_no_bit(name: str, weights: str, load: Load) -
     np.testing.assert_array_equal(two.logits(tokens), whole)
 
 
-@pytest.mark.parametrize(("name", "recipe"), [("qwen2_moe", "q40"), ("granitemoe", "q80"), ("olmoe_clip", "q40")])
+@pytest.mark.parametrize(
+    ("name", "recipe"), [("qwen2_moe", "q40"), ("granitemoe", "q80"), ("olmoe_clip", "q40"), ("gpt_oss", "mxfp4")]
+)
 def test_quantised_experts_are_the_twins(name: str, recipe: str, folder: Callable[[str], Path], load: Load) -> None:
     """Compare with tolerance 1e-4, but for tokens where a rounding went the other way, see `test_model`.
 

@@ -24,6 +24,7 @@ from dllama_mpi.kernels.matmul import KERNELS, described
 from dllama_mpi.kernels.simd import EMITTERS
 from tests import naive
 from tests.naive import Floats
+from tests.tiers import QUICK_FORMATS, all_but
 from tests.unit import vector_code
 from tests.unit.vector_code import HOST, Compiled
 
@@ -49,8 +50,8 @@ every_processor = pytest.mark.parametrize(("isa", "cpu", "triple"), PROCESSORS)
 every_processor_of_this_kind = pytest.mark.parametrize(
     ("isa", "cpu"), [(isa, cpu) for isa, cpu, triple in PROCESSORS if (triple == ARM) == ON_ARM]
 )
-every_format = pytest.mark.parametrize("fmt", FORMATS)
-every_kernel = pytest.mark.parametrize("fmt", [fmt.name for fmt in KERNELS.values()])
+every_format_by_tier = pytest.mark.parametrize("fmt", all_but(QUICK_FORMATS, FORMATS))
+every_kernel_by_tier = pytest.mark.parametrize("fmt", all_but(QUICK_FORMATS, [fmt.name for fmt in KERNELS.values()]))
 
 
 def needs(isa: str) -> None:
@@ -120,7 +121,7 @@ def check_kernel(kernel: Compiled, fmt: str, tokens: int) -> None:
             np.testing.assert_array_equal(matmul(kernel, matrix, fmt, x), naive.matmul(matrix, fmt, x))
 
 
-@every_format
+@every_format_by_tier
 @every_processor_of_this_kind
 def test_kernel(isa: str, cpu: str, fmt: str) -> None:
     needs(isa)
@@ -129,7 +130,7 @@ def test_kernel(isa: str, cpu: str, fmt: str) -> None:
         check_kernel(kernel, fmt, tokens)
 
 
-@pytest.mark.parametrize("fmt", ["q40", "q4m", "iq4nl", "mxfp4", "q80"])
+@pytest.mark.parametrize("fmt", all_but(["q4m"], ["q40", "q4m", "iq4nl", "mxfp4", "q80"]))
 @pytest.mark.parametrize("isa", [isa for isa in EMITTERS if isa not in runtime.host_isas()])
 def test_kernel_of_another_processor(isa: str, fmt: str) -> None:
     """All that an emitter does with its processors' own instructions written out as plain IR."""
@@ -138,7 +139,7 @@ def test_kernel_of_another_processor(isa: str, fmt: str) -> None:
         check_kernel(kernel, fmt, tokens)
 
 
-@every_format
+@every_format_by_tier
 @every_isa
 def test_rounding(isa: str, fmt: str) -> None:
     """Packing a row of tiles and unpacking it."""
@@ -157,7 +158,7 @@ def test_rounding(isa: str, fmt: str) -> None:
     assert np.isnan(got[:, 96]).all()
 
 
-@pytest.mark.parametrize("fmt", ["q40", "q4m", "iq4nl", "f16"])
+@pytest.mark.parametrize("fmt", all_but(QUICK_FORMATS, ["q40", "q4m", "iq4nl", "f16"]))
 @every_processor
 def test_rounding_calls_no_library(isa: str, cpu: str, triple: str, fmt: str) -> None:
     for packing in (True, False):
@@ -165,7 +166,7 @@ def test_rounding_calls_no_library(isa: str, cpu: str, triple: str, fmt: str) ->
         assert cpu == "ivybridge" or not re.search(r"\t(callq?|bl)\t", code)
 
 
-@every_kernel
+@every_kernel_by_tier
 @every_processor_of_this_kind
 def test_no_tiles_give_zeros(isa: str, cpu: str, fmt: str) -> None:
     needs(isa)
@@ -207,7 +208,7 @@ def test_exp(isa: str, cpu: str, lanes: int) -> None:
     np.testing.assert_array_equal(np.isnan(y), np.isnan(x))
 
 
-@pytest.mark.parametrize("fmt", ["q40", "q4m", "iq4nl", "q80"])
+@pytest.mark.parametrize("fmt", all_but(["q4m"], ["q40", "q4m", "iq4nl", "q80"]))
 @every_processor
 def test_instructions(isa: str, cpu: str, triple: str, fmt: str) -> None:
     code = assembly(isa, cpu, triple, fmt)

@@ -21,7 +21,7 @@ from dllama_mpi.errors import UsageError
 from dllama_mpi.kernels import elementwise, runtime, sampling
 from dllama_mpi.kernels.layout import BLOCK, FORMATS
 from dllama_mpi.kernels.matmul import described
-from dllama_mpi.kernels.matrix import FIELDS, Activations, Matrix, expert_of, multiply_rows, products
+from dllama_mpi.kernels.matrix import FIELDS, Activations, Matrix, expert_of, multiply_rows
 from dllama_mpi.kernels.parallel import run_parallel
 from dllama_mpi.kernels.quantize import BF16_BITS, PLAIN, pack_tiles, widen_rows
 from dllama_mpi.model.linear import NoMatrix, SideBySide, multiply, project
@@ -255,18 +255,6 @@ def test_activations_too_small_for_a_scale_do_no_harm(fmt: str) -> None:
     x[0, ::2] = 0
     got = matmul(packed(random(6, 16, 64), fmt), x)
     assert np.abs(got).max() < 1e-20
-
-
-@every_format
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("tokens", [1, 3, 9])
-def test_products_side_by_side(fmt: str, threads: int, tokens: int) -> None:
-    """Several matrices at once give what each gives alone."""
-    matrices = [packed(random(seed, rows, 96), fmt) for seed, rows in ((1, 48), (2, 16), (3, 20))]
-    x = random(4, tokens, 96)
-    out = np.full((tokens, 48 + 16 + 32), np.nan, np.float32)
-    products(fields(*matrices), inputs(x), out, tokens, threads)
-    np.testing.assert_array_equal(out, np.concatenate([matmul(m, x) for m in matrices], axis=1))
 
 
 MIXED = (("q40", 48), ("f16", 20), ("q4m", 16), ("f32", 33), ("q80", 1))

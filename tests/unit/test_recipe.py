@@ -109,7 +109,7 @@ def test_recipes_that_cannot_be(text: str, message: str) -> None:
 
 
 def test_the_default() -> None:
-    assert str(WeightRecipe.parse(DEFAULT)) == DEFAULT == "q40"
+    assert str(WeightRecipe.parse(DEFAULT)) == DEFAULT == "q4m"
 
 
 @pytest.mark.parametrize(

@@ -101,13 +101,11 @@ def test_a_number_of_experts_that_cannot_be(family: str, count: Any) -> None:
         ("qwen3_moe", {"layer_types": SLIDING}, "layer_types has 'sliding_attention'"),
         ("qwen3_moe", {"norm_topk_prob": 1}, "norm_topk_prob is 1; it must be true or false"),
         ("qwen3_moe", {"head_dim": 31}, "head_dim 31 is odd"),
-        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0"),
         ("qwen3_moe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1"),
         ("qwen2_moe", {"attention_bias": True}, "attention_bias is True"),
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0"),
         ("qwen2_moe", {"layer_types": SLIDING}, "layer_types has 'sliding_attention'"),
         ("qwen2_moe", {"use_sliding_window": True, "layer_types": SLIDING[:2]}, "layer_types has 2 entries for 3"),
-        ("mixtral", {"sliding_window": 0}, "sliding_window is 0"),
         ("mixtral", {"num_experts": 4}, "num_experts is 4 and num_local_experts 8"),
         ("mixtral", {"attention_bias": True}, "attention_bias (True) is not known for mixtral"),
         ("olmoe", {"clip_qkv": 0}, "clip_qkv is 0; it must be above 0"),
@@ -149,6 +147,15 @@ def test_refused_by_a_family(family: str, changes: dict[str, Any], message: str)
 
 
 # ---- what is understood
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("mixtral", {}), ("mixtral", {"sliding_window": None}), ("qwen3_moe", {"use_sliding_window": True})],
+)
+def test_windows_of_no_size_are_none(family: str, changes: dict[str, Any]) -> None:
+    found = read(family, **({"sliding_window": 0} | changes))
+    assert [getattr(layer.mixer, "window", None) for layer in found.layers] == [0] * found.num_layers
 
 
 def test_defaults_are_transformers() -> None:

@@ -301,6 +301,7 @@ def check_few() -> None:
     test_delta_net(NETS[2], MIXED, 1)
 
 
+@pytest.mark.slow  # kernels are compiled anew
 def test_generic_instruction_set() -> None:
     code = (
         "from tests.unit import test_state_kernels; from dllama_mpi.kernels import runtime;"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from numba import njit
 
+from ...kernels.compiled import inner
 from . import table
 from .intrinsics import call, load, store
 from .link import FLAG_BYTES
@@ -55,7 +56,7 @@ def _rank(peers, number):
     return load(peers.numbers + 8 * number)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _direct(link, peers, terms, source):
     """Send the whole payload to every other rank: one hop, count - 1 payloads each way."""
     me, count, incoming = peers.me, peers.count, terms.incoming
@@ -78,7 +79,7 @@ def _piece(terms, peers, peer):
     return first, terms.blocks * (peer + 1) // peers.count - first
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _send_pieces(link, peers, terms, pieces):
     """Send each peer its piece of this rank's payload, and receive theirs of this rank's piece."""
     me, count, width = peers.me, peers.count, terms.width
@@ -98,7 +99,7 @@ def _send_pieces(link, peers, terms, pieces):
     finish_messages(link, requests)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _sum_pieces(link, peers, terms, pieces):
     """Write the sum of this rank's piece, in rank order, into its place in the result."""
     width = terms.width
@@ -110,7 +111,7 @@ def _sum_pieces(link, peers, terms, pieces):
     encode_blocks(link.total, terms.incoming + start * width, blocks, width)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _scatter(link, peers, terms, source):
     """Sum one piece on each rank and send the sum to all: two hops, 2 (count - 1) / count payloads each way."""
     me, count, width, result = peers.me, peers.count, terms.width, terms.incoming
@@ -133,7 +134,7 @@ def _scatter(link, peers, terms, source):
     set_source(source, result, 1, 0, width)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _doubling(link, peers, terms, source):
     """Swap sums with a partner at distance 1, 2, 4...: log2(count) hops of one payload.
 
@@ -181,7 +182,7 @@ def _flags(link, part):
     return link.arrivals + FLAG_BYTES * part * (link.locals + 1)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _shared(link, terms, source):
     """Read the values of all ranks of this host where they wrote them: no message, no copy."""
     number, flags = link.exchanges[terms.part], _flags(link, terms.part)
@@ -192,7 +193,7 @@ def _shared(link, terms, source):
     set_source(source, link.slots + offset, link.locals, link.slot_bytes, F32_BYTES)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _two_level(link, terms, source):
     """Sum the values of a host in shared memory, exchange the sums between the first ranks of the hosts.
 
@@ -221,7 +222,7 @@ def _two_level(link, terms, source):
     store(ready, number)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def exchange(link, algorithm, x, blocks, part, exact, source):
     """Exchange so many blocks of float32 values at address x with all ranks; fill in the source of their sum.
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import carray, cfunc, njit, types
 
+from ...kernels.compiled import entry
 from ...kernels.simd import address
 from .algorithms import exchange, set_source
 from .intrinsics import address_of, call, integers, load, store
@@ -109,7 +110,7 @@ def layer_calls() -> tuple:
     )
 
 
-@njit(cache=True, nogil=True)
+@entry
 def carry_out_exchanges(link, own):
     """Carry out queued exchanges until one has no values: what the other thread does during a step.
 
@@ -130,7 +131,7 @@ def carry_out_exchanges(link, own):
         store(link.carried_out, number + 1)
 
 
-@njit(cache=True, nogil=True)
+@entry
 def end_exchanges(link):
     """Tell the other thread that this step has no more exchanges."""
     number = load(link.queued)
@@ -138,7 +139,7 @@ def end_exchanges(link):
     store(link.queued, number + 1)
 
 
-@njit(cache=True, nogil=True)
+@entry
 def time_exchange(link, x, blocks, payload, encodings, times):
     """Write the nanoseconds of exchanges of values at address x, each with computing: so many encodings to payload.
 
@@ -155,7 +156,7 @@ def time_exchange(link, x, blocks, payload, encodings, times):
         times[i] = now(link) - begun
 
 
-@njit(cache=True, nogil=True)
+@entry
 def all_reduce(link, x, blocks, exact, out):
     """Write the sum over all ranks of float32 values at address x to address out."""
     source = np.zeros(4, np.int64)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from ...kernels.compiled import inner
 from ..tags import Tag
 from .intrinsics import call, load, prefetch, store
 
@@ -14,7 +14,7 @@ _PREFETCH_AT_ONCE = 4096
 _PREFETCH_BYTES = 1 << 18  # at most: what surely fits into a core's cache
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def now(link):
     """Return the time in nanoseconds."""
     time = link.scratch
@@ -22,7 +22,7 @@ def now(link):
     return 1_000_000_000 * load(time) + load(time + 8)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _pause(link, polls):
     """Spend the time between two looks at something: let others run, sooner or later."""
     if link.patience != 0:
@@ -33,7 +33,7 @@ def _pause(link, polls):
         call(link.sched_yield, (np.int64(0),))
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def _fetch_ahead(link, polls):
     start, stop = polls * _PREFETCH_AT_ONCE, min(link.ahead_bytes, _PREFETCH_BYTES)
     if start < stop:
@@ -41,7 +41,7 @@ def _fetch_ahead(link, polls):
             prefetch(link.ahead + line)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def receive(link, number, address, size, rank):
     """Begin to receive `size` bytes from a rank, as request `number`."""
     link.received += size
@@ -49,7 +49,7 @@ def receive(link, number, address, size, rank):
     call(link.irecv, (address, size, link.byte, rank, np.int64(_TAG), link.communicator, request))
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def send(link, number, address, size, rank):
     """Begin to send `size` bytes to a rank, as request `number`."""
     link.sent += size
@@ -57,7 +57,7 @@ def send(link, number, address, size, rank):
     call(link.isend, (address, size, link.byte, rank, np.int64(_TAG), link.communicator, request))
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def finish_messages(link, count):
     """Wait until requests 0 to count - 1 are done."""
     done, polls = link.scratch + 16, 0
@@ -71,7 +71,7 @@ def finish_messages(link, count):
         polls += 1
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def await_value(link, address, value):
     """Wait until a counter in shared memory has reached a value."""
     polls = 0

@@ -7,9 +7,10 @@ Sums are fused multiply-adds in the order of the ranks, so that unlike machines 
 
 from __future__ import annotations
 
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from ...kernels.compiled import entry, inner
 from ...kernels.layout import BLOCK, ROWS
 from ...kernels.simd import (
     F16,
@@ -124,7 +125,7 @@ _add_q80, _add_f16, _add_f32 = (_adder(width) for width in (Q80_BYTES, F16_BYTES
 _encode_q80, _encode_f16, _encode_f32 = (_encoder(width) for width in (Q80_BYTES, F16_BYTES, F32_BYTES))
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def add_blocks(total, payload, blocks, width):
     """Add a payload of so many blocks to float32 values; both by their addresses."""
     for b in range(blocks):
@@ -137,7 +138,7 @@ def add_blocks(total, payload, blocks, width):
             _add_f32(at, payload + b * F32_BYTES)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def encode_blocks(values, payload, blocks, width):
     """Write so many blocks of float32 values as a payload; both by their addresses."""
     for b in range(blocks):
@@ -150,7 +151,7 @@ def encode_blocks(values, payload, blocks, width):
             _encode_f32(at, payload + b * F32_BYTES)
 
 
-@njit(cache=True, nogil=True, inline="never")
+@inner
 def sum_blocks(total, payloads, count, stride, blocks, width):
     """Write the sum of `count` payloads, `stride` bytes apart, in that order, as float32 values."""
     for b in range(blocks):
@@ -159,13 +160,13 @@ def sum_blocks(total, payloads, count, stride, blocks, width):
         add_blocks(total, payloads + k * stride, blocks, width)
 
 
-@njit(cache=True, nogil=True)
+@entry
 def encode(x, payload):
     """Write float32 values x (blocks, 32) as a payload (blocks, bytes) uint8."""
     encode_blocks(address(x), address(payload), x.shape[0], payload.shape[1])
 
 
-@njit(cache=True, nogil=True)
+@entry
 def decode_sum(payloads, x):
     """Write the sum over ranks of payloads (ranks, blocks, bytes), in rank order, into x (blocks, 32) float32."""
     size = payloads.shape[1] * payloads.shape[2]
