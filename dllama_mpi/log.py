@@ -34,9 +34,14 @@ def progress_bytes(sizes: Iterable[int], what: str, show: bool, total: int) -> I
     from tqdm import tqdm
 
     bar: Any = tqdm(
-        desc=what, total=total, disable=not (show and sys.stderr.isatty()), leave=False, file=sys.stderr,
-        unit="B", unit_scale=True,
-    )  # fmt: skip
+        desc=what,
+        total=total,
+        disable=not (show and sys.stderr.isatty()),
+        leave=False,
+        file=sys.stderr,
+        unit="B",
+        unit_scale=True,
+    )
     with bar:
         for size in sizes:
             yield size

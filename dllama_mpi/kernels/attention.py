@@ -128,8 +128,19 @@ def _scores(marker, queries, head, begin, rows, scratch):
             _widened_row(address(widened), width // BLOCK, at, 4 * width, to, 4 * POSITIONS, queries.shape[0])
     else:
         step = head.keys.itemsize * ROWS * width
-        float_rows(marker, address(head.keys) + begin // ROWS * step, step, np.int64(0), rows, width // BLOCK,
-                   address(queries), 4 * width, address(scores), 4 * POSITIONS, queries.shape[0])  # fmt: skip
+        float_rows(
+            marker,
+            address(head.keys) + begin // ROWS * step,
+            step,
+            np.int64(0),
+            rows,
+            width // BLOCK,
+            address(queries),
+            4 * width,
+            address(scores),
+            4 * POSITIONS,
+            queries.shape[0],
+        )
 
 
 @inner
@@ -146,8 +157,19 @@ def _weighted(marker, head, begin, padded, scratch, n):
             _widened_row(address(widened), padded // BLOCK, at, 4 * POSITIONS, to, 4 * out.shape[1], n)
     else:
         step = values.itemsize * ROWS
-        float_rows(marker, address(values) + begin * step, step * values.shape[1], np.int64(0), rows, padded // BLOCK,
-                   address(scores), 4 * POSITIONS, address(out), 4 * out.shape[1], n)  # fmt: skip
+        float_rows(
+            marker,
+            address(values) + begin * step,
+            step * values.shape[1],
+            np.int64(0),
+            rows,
+            padded // BLOCK,
+            address(scores),
+            4 * POSITIONS,
+            address(out),
+            4 * out.shape[1],
+            n,
+        )
 
 
 @inner
@@ -293,8 +315,9 @@ def _take(job, thread, threads):
             last = min(last, first + POSITIONS * (blocks * (cut + 1) // plan.cuts))
             first += POSITIONS * (blocks * cut // plan.cuts)
         slot = job.step.slots[plan.begins[run]]
-        head = _Head(cache.keys[slot, kv], cache.key_scales[slot, kv], cache.values[slot, kv],
-                     cache.value_scales[slot, kv])  # fmt: skip
+        head = _Head(
+            cache.keys[slot, kv], cache.key_scales[slot, kv], cache.values[slot, kv], cache.value_scales[slot, kv]
+        )
         softmax = _Softmax(results.sums[item], results.tops[item], results.out[item if plan.cuts > 1 else thread])
         _begin_softmax(job, run, kv, cut, softmax)
         call(_attend, (cache.marker, np.float32(job.heads.softcap), head, own, first, last, scratch, softmax))

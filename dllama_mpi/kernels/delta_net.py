@@ -214,8 +214,18 @@ def _recur(shape, x, head, key, block, memory, factors, out, column):
             for c in range(width):
                 values[c] = x[t, v_at // 4 + c]
             v, o = address(values), address(values) + 4 * ROWS
-        _token(address(memory), shape.key_dim, row + 4 * (shape.k + key * shape.key_dim), row + 4 * key * shape.key_dim,
-               v, o, factors[t, 0], factors[t, 1], factors[t, 2], factors[t, 3])  # fmt: skip
+        _token(
+            address(memory),
+            shape.key_dim,
+            row + 4 * (shape.k + key * shape.key_dim),
+            row + 4 * key * shape.key_dim,
+            v,
+            o,
+            factors[t, 0],
+            factors[t, 1],
+            factors[t, 2],
+            factors[t, 3],
+        )
         if width < ROWS:
             for c in range(width):
                 out[t, out_at // 4 + c] = values[ROWS + c]

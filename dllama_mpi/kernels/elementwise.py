@@ -224,8 +224,15 @@ def _rope_and_store_share(qkv, heads, p, step, rope, cache, thread, threads):
             value = row[p.v_start + h * dim : p.v_start + (h + 1) * dim]
             _finish_head(key, p.k_norm, p, cos, sin)
             _clip(value, np.float32(p.clip))
-            _store(key, value, cache.keys[slot, h], cache.key_scales[slot, h], cache.values[slot, h],
-                   cache.value_scales[slot, h], step.positions[t])  # fmt: skip
+            _store(
+                key,
+                value,
+                cache.keys[slot, h],
+                cache.key_scales[slot, h],
+                cache.values[slot, h],
+                cache.value_scales[slot, h],
+                step.positions[t],
+            )
 
 
 @inner

@@ -92,9 +92,22 @@ def multiply_rows(m, first, last, x, start, tokens, y, y_stride):
     """
     cols = x.values.shape[1]
     blocks = cols // BLOCK
-    call_kernel(m[KERNEL], (address(m), np.int64(first), np.int64(last), address(x.values) + 4 * start * cols,
-                      address(x.codes) + start * cols, address(x.scales) + 4 * start * blocks,
-                      address(x.offsets) + 4 * start * blocks, blocks, np.int64(tokens), y, y_stride))  # fmt: skip
+    call_kernel(
+        m[KERNEL],
+        (
+            address(m),
+            np.int64(first),
+            np.int64(last),
+            address(x.values) + 4 * start * cols,
+            address(x.codes) + start * cols,
+            address(x.scales) + 4 * start * blocks,
+            address(x.offsets) + 4 * start * blocks,
+            blocks,
+            np.int64(tokens),
+            y,
+            y_stride,
+        ),
+    )
 
 
 @inner

@@ -246,12 +246,10 @@ def _experts(c: ExpertsConfig, s: Stacker) -> Experts:
         biases=np.ascontiguousarray(np.stack(biases, axis=2)) if biases[0].size else none,
         down_bias=down_bias if down_bias.size else none[:, :, 0],
         activation=ACTIVATIONS[c.expert.activation](float(c.expert.limit), float(c.expert.alpha)),
-        routing=Routing(
-            c.num_experts, c.top_k, scoring, int(c.normalised), float(c.scale), c.groups, c.best_groups
-        ),
+        routing=Routing(c.num_experts, c.top_k, scoring, int(c.normalised), float(c.scale), c.groups, c.best_groups),
         shared=_gated_mlp(c.shared, s, "mlp.shared") if c.shared is not None else NoMLP(),
         shared_gate=s.matrix("mlp.shared_gate.weight"),
-    )  # fmt: skip
+    )
 
 
 def build_segment(weights: RankWeights, run: Run, config: ModelConfig, shard: Shard, memory: Any) -> Segment:

@@ -112,8 +112,13 @@ def _choose_mixer(w, layer, x, step, memory, scratch, exchange, out, threads):
     if w.instance_class is Attention:
 
         def attention(w, layer, x, step, memory, scratch, exchange, out, threads):
-            cache = KVLayer(memory.marker, memory.keys[layer], memory.key_scales[layer], memory.values[layer],
-                            memory.value_scales[layer])  # fmt: skip
+            cache = KVLayer(
+                memory.marker,
+                memory.keys[layer],
+                memory.key_scales[layer],
+                memory.values[layer],
+                memory.value_scales[layer],
+            )
             call(attend, (w, layer, x, step, cache, scratch, exchange, out, threads))
 
         return attention
@@ -275,8 +280,15 @@ def decoder_layers(segment, step, residual, scratch, terms, link, parts, turn, t
             tokens = Step(step.slots[a:b], step.positions[a:b], step.query_scales[a:b], step.cos, step.sin, a)
             exchange = Exchange(link, p, terms[turn, a:b])
             mix(segment.mixer, layer, x, tokens, segment.memory, scratch.mixer, exchange, terms[own, a:b], threads)
-            start_exchange(link, address(terms[own, a:b]), (b - a) * terms.shape[2] // BLOCK, p, False, sources[p],
-                           _ahead(segment.feed, layer, threads))  # fmt: skip
+            start_exchange(
+                link,
+                address(terms[own, a:b]),
+                (b - a) * terms.shape[2] // BLOCK,
+                p,
+                False,
+                sources[p],
+                _ahead(segment.feed, layer, threads),
+            )
         turn = 1 - own
         for p in range(count):
             a, b = parts[p], parts[p + 1]
@@ -285,8 +297,15 @@ def decoder_layers(segment, step, residual, scratch, terms, link, parts, turn, t
             addend = Sum(sources[p], mixing.bias[layer], mixing.after[layer], mixing.scale)
             call(add_and_normalise, (rows, addend, feeding.before[layer], x, goes_on, threads))
             feed(segment.feed, layer, x, scratch.feed, b - a, terms[turn, a:b], threads)
-            start_exchange(link, address(terms[turn, a:b]), (b - a) * terms.shape[2] // BLOCK, p, False, sources[p],
-                           _ahead(segment.mixer, min(layer + 1, segment.layers - 1), threads))  # fmt: skip
+            start_exchange(
+                link,
+                address(terms[turn, a:b]),
+                (b - a) * terms.shape[2] // BLOCK,
+                p,
+                False,
+                sources[p],
+                _ahead(segment.mixer, min(layer + 1, segment.layers - 1), threads),
+            )
         turn = 1 - turn
     for p in range(count):
         rows, after = Residual(residual[parts[p] : parts[p + 1]], segment.hidden, segment.eps), segment.layers - 1

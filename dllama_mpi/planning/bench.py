@@ -187,9 +187,12 @@ def _giga(value: float | None) -> float | None:
 
 
 def combine(
-    prompts: Iterable[int], generated: Iterable[int], both: Iterable[tuple[int, int]], depths: Iterable[int],
+    prompts: Iterable[int],
+    generated: Iterable[int],
+    both: Iterable[tuple[int, int]],
+    depths: Iterable[int],
     batches: Iterable[int],
-) -> list[Test]:  # fmt: skip
+) -> list[Test]:
     """Return the tests of all depths and batches: prompts alone, generation alone, and pairs of both.
 
     Raises:

@@ -141,9 +141,15 @@ def _thin(group: TensorParallelGroup, job: Job) -> _Thin:
     decode, short, long = sample.decode(), sample.prefill(), sample.whole_prefill()
     root_step, root_chunk = group.broadcast((decode.waiting, short.waiting))
     return _Thin(
-        job.chunk, sample.work, sample.prompt_work, decode.compute[0], short.compute[0], long.compute[0], root_step,
+        job.chunk,
+        sample.work,
+        sample.prompt_work,
+        decode.compute[0],
+        short.compute[0],
+        long.compute[0],
+        root_step,
         root_chunk,
-    )  # fmt: skip
+    )
 
 
 def _together(group: TensorParallelGroup, job: Job) -> tuple[Sample, Timing, Timing, float]:

@@ -288,10 +288,12 @@ def told(origins: Sequence[Origin], hosts: Sequence[str], folder: Path) -> list[
         who += f" on {host}" if host else ""
         size = sum(origins[rank].received for rank in ranks)
         received = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-        phrases.append({
-            READ: f"{who} read {folder}",
-            SLICE: f"{who} read {'its slice' if len(ranks) == 1 else 'their slices'} in {folder}",
-            CACHE: f"{who} from {'its' if len(ranks) == 1 else 'their'} cache",
-            RECEIVED: f"{who} received {received} from rank 0" + (", kept in memory" if in_memory else ""),
-        }[how])  # fmt: skip
+        phrases.append(
+            {
+                READ: f"{who} read {folder}",
+                SLICE: f"{who} read {'its slice' if len(ranks) == 1 else 'their slices'} in {folder}",
+                CACHE: f"{who} from {'its' if len(ranks) == 1 else 'their'} cache",
+                RECEIVED: f"{who} received {received} from rank 0" + (", kept in memory" if in_memory else ""),
+            }[how]
+        )
     return phrases

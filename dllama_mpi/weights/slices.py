@@ -369,9 +369,15 @@ class SliceInMemory:
             return Tensor(name, entry.dtype, self._array(name))
         scales = self._array(name + SCALES) if name + SCALES in self._held else None
         return SliceTensor(
-            name, entry.dtype, self._array(name), part=part, format=entry.format, row_scales=scales, checksums=None,
+            name,
+            entry.dtype,
+            self._array(name),
+            part=part,
+            format=entry.format,
+            row_scales=scales,
+            checksums=None,
             where="the received slice",
-        )  # fmt: skip
+        )
 
     def unknown(self, names: Iterable[str]) -> list[str]:
         """Return nothing: it was made from the table."""
