@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from tests.tiny_dense import DENSE_CASES
-from tests.tiny_models import CASES, Case
+from tests.tiny_models.case import Case
+from tests.tiny_models.cases import CASES
 from tests.tiny_sparse import SPARSE_CASES
 from tests.tiny_state import STATE_CASES
 

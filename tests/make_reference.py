@@ -51,17 +51,11 @@ from tests.all_cases import ALL_CASES
 from tests.router_margin import routing
 from tests.sparse_tensors import filled
 from tests.tiny_dense import DENSE_ABLATIONS
-from tests.tiny_models import (
-    CASES,
-    GREEDY_TOKENS,
-    REFERENCE_FOLDER,
-    Case,
-    Config,
-    fingerprint,
-    reference_path,
-    text_config,
-    write_model,
-)
+from tests.tiny_models.case import Case, Config
+from tests.tiny_models.cases import CASES
+from tests.tiny_models.files import write_model
+from tests.tiny_models.references import GREEDY_TOKENS, REFERENCE_FOLDER, fingerprint, reference_path
+from tests.tiny_models.tensors import text_config
 from tests.tiny_sparse import FILLED, SPARSE_ABLATIONS
 from tests.tiny_state import STATE_ABLATIONS, STATE_FILLED
 

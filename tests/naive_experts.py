@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tests import naive
-from tests.naive import Doubles, Floats, Ints
+from tests import naive_layers, naive_model, naive_numbers, naive_products
+from tests.naive_numbers import Doubles, Floats, Ints
 
 Activation = Callable[[Doubles, Doubles], Doubles]
 Product = Callable[[Floats, Floats], Floats]
@@ -169,8 +169,8 @@ def mxfp4_dequantise(blocks: npt.NDArray[np.uint8], scales: npt.NDArray[np.uint8
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class SparseModel(naive.Model):
-    """A mixture-of-experts decoder from a Hugging Face directory, otherwise as ``naive.Model``.
+class SparseModel(naive_model.Model):
+    """A mixture-of-experts decoder from a Hugging Face directory, otherwise as ``naive_model.Model``.
 
     Routers are float32 matrices whatever the weights; so is the gate of the shared expert.
     """
@@ -194,7 +194,7 @@ class SparseModel(naive.Model):
         return logits / np.float32(c.get("logits_scaling", 1))
 
     def _product(self, matrix: Floats, x: Floats) -> Floats:
-        return exact_product(matrix, x) if self.weights == "f32" else naive.matmul(matrix, self.weights, x)
+        return exact_product(matrix, x) if self.weights == "f32" else naive_products.matmul(matrix, self.weights, x)
 
     def _linear(self, x: Floats, name: str) -> Floats:
         return self._product(self.tensors[f"{name}.weight"], x) + self.tensors.get(f"{name}.bias", np.float32(0))
@@ -210,13 +210,13 @@ class SparseModel(naive.Model):
         q = q.reshape(n, self.heads, self.dim)
         k, v = (part.reshape(n, self.kv_heads, self.dim) for part in (k, v))
         turned = int(self.dim * c.get("partial_rotary_factor", 1.0))
-        angles, factor = naive.rope_angles(c, turned, np.arange(n), n)
+        angles, factor = naive_layers.rope_angles(c, turned, np.arange(n), n)
         q, k = (
-            np.concatenate([naive.rotate(part[:, :, :turned], angles, factor), part[:, :, turned:]], axis=2)
+            np.concatenate([naive_layers.rotate(part[:, :, :turned], angles, factor), part[:, :, turned:]], axis=2)
             for part in (q, k)
         )
         if self.weights != "f32":
-            k, v = (naive.half(part).astype(np.float32) for part in (k, v))
+            k, v = (naive_numbers.half(part).astype(np.float32) for part in (k, v))
         scale = c.get("attention_multiplier", self.dim**-0.5)
         out = sink_attention(q, k, v, scale, self._window(layer), self.tensors.get(f"{name}.sinks"))
         return self._linear(out.reshape(n, -1), f"{name}.o_proj")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.tiny_models import Config
+from tests.tiny_models.case import Config
 
 
 def qwen3_moe(**changes: Any) -> Config:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tests.tiny_models import Case, Stored, as_stored, stored_tensors
+from tests.tiny_models.case import Case, Stored
+from tests.tiny_models.tensors import as_stored, stored_tensors
 
 MXFP4_BLOCK = 32
 """Weights that share a scale (OCP Microscaling Formats 1.0, 6.3)."""

@@ -1,8 +1,8 @@
 """Tiny random mixture-of-experts models, in the names, shapes and types of the published checkpoints.
 
-Like ``tiny_models``, whose ``Case`` they are: complete configurations in the manner of well-known models, scaled down,
-with weights from ``numpy.random.RandomState``. Here the tensors of one checkpoint may differ in type: the correction
-bias of GLM-4.5's router is float32 among bfloat16, the experts of gpt-oss are MXFP4.
+Like ``tests.tiny_models``, whose ``Case`` they are: complete configurations in the manner of well-known models, scaled
+down, with weights from ``numpy.random.RandomState``. Here the tensors of one checkpoint may differ in type: the
+correction bias of GLM-4.5's router is float32 among bfloat16, the experts of gpt-oss are MXFP4.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.sparse_configs import (
     qwen3_moe,
 )
 from tests.sparse_tensors import checkpoint
-from tests.tiny_models import Case, Config
+from tests.tiny_models.case import Case, Config
 
 
 def _case(name: str, config: Config, seed: int, dtype: str = "BF16", **others: Any) -> Case:

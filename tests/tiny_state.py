@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.tiny_models import Case, Config
+from tests.tiny_models.case import Case, Config
 from tests.tiny_state_tensors import MTP_FAMILIES as MTP_FAMILIES  # enters the families' tensors
 
 LINEAR, FULL, CONV = "linear_attention", "full_attention", "conv"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tests.tiny_models import FAMILIES, Family, Specs, draw_llama, head_dim, text_config
+from tests.tiny_models.tensors import FAMILIES, Family, Specs, draw_llama, head_dim, text_config
 
 MTP_FAMILIES = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
 """Families whose published files hold tensors of multi-token prediction."""

@@ -21,7 +21,7 @@ from dllama_mpi.parallel.collective.exchange import Ahead, finish_exchange, star
 from dllama_mpi.parallel.collective.overlap import Overlap
 from dllama_mpi.parallel.collective.payload import sum_blocks
 from dllama_mpi.parallel.collective.table import PAYLOADS, SYNCS
-from tests import naive
+from tests import naive_payloads
 
 ROWS, WIDTH = 70, 96
 EXACT_SIZES = (2, 33, ROWS * 32)  # sent as float32
@@ -44,7 +44,7 @@ def expected(values: list[np.ndarray], algorithm: str, payload: str, homes: list
     """Return the sum as the algorithm rounds it."""
     size = values[0].size
     blocks = [np.append(v, np.zeros(-size % 32, np.float32)).reshape(-1, 32) for v in values]
-    return naive.all_reduce(blocks, algorithm, payload, homes).ravel()[:size]
+    return naive_payloads.all_reduce(blocks, algorithm, payload, homes).ravel()[:size]
 
 
 def check(reduce: AllReduce, algorithm: str, payload: str, homes: list[str], comm: Any) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import numpy as np
 
 from dllama_mpi import LLM, SamplingParams
 from tests.all_cases import ALL_CASES
-from tests.tiny_models import Case, load_reference
+from tests.tiny_models.case import Case
+from tests.tiny_models.references import load_reference
 
 
 def compare(case: Case, folder: Path) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dllama_mpi.parallel.group import TensorParallelGroup
 from tests.mpi.launch import ROOT
 from tests.mpi.pool import pool
 from tests.tiny_dense import DENSE_CASES
-from tests.tiny_models import write_model
+from tests.tiny_models.files import write_model
 
 slow = pytest.mark.slow
 

@@ -9,7 +9,8 @@ import pytest
 from tests.mpi.launch import ROOT, mpiexec
 from tests.mpi.pool import pool
 from tests.tiers import slow
-from tests.tiny_models import CASES, write_model
+from tests.tiny_models.cases import CASES
+from tests.tiny_models.files import write_model
 
 JOB = str(ROOT / "tests/mpi/convert_job.py")
 

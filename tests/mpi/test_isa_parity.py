@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.mpi.launch import ROOT, run
-from tests.tiny_models import CASES, write_model
+from tests.tiny_models.cases import CASES
+from tests.tiny_models.files import write_model
 
 pytestmark = pytest.mark.slow  # kernels are compiled anew
 CHOSEN = ("llama31", "qwen3", "llama_heads6")

@@ -12,7 +12,8 @@ from tests.all_cases import ALL_CASES
 from tests.mpi.launch import ROOT
 from tests.mpi.pool import pool
 from tests.tiers import QUICK_CASES, QUICK_FAMILIES, all_but, slow
-from tests.tiny_models import text_config, write_model
+from tests.tiny_models.files import write_model
+from tests.tiny_models.tensors import text_config
 
 TOLERANCE = 1e-4  # of logits about 1 to 5 in size; the observed error is about 1e-5
 

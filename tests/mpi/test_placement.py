@@ -16,7 +16,8 @@ import pytest
 
 from tests.mpi.launch import ROOT, Done, launcher, launcher_options, run
 from tests.mpi.pool import pool
-from tests.tiny_models import CASES, write_model
+from tests.tiny_models.cases import CASES
+from tests.tiny_models.files import write_model
 
 JOB = str(ROOT / "tests" / "mpi" / "placement_job.py")
 ENDS_THE_JOB = ("table",)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.tiny_dense import configs, gemma
 from tests.tiny_dense.common import FULL, SLIDING
-from tests.tiny_models import Case, Config
+from tests.tiny_models.case import Case, Config
 
 _ALL_CASES = [
     Case("gemma2", gemma.gemma2(), "F32", seed=6),

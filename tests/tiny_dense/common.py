@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.tiny_models import Config
+from tests.tiny_models.case import Config
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tests.tiny_dense.common import FULL, SLIDING, config
-from tests.tiny_models import Config
+from tests.tiny_models.case import Config
 
 
 def phi3(**changes: Any) -> Config:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from tests.tiny_models import FAMILIES, Family, Specs, draw_llama, head_dim, text_config
+from tests.tiny_models.tensors import FAMILIES, Family, Specs, draw_llama, head_dim, text_config
 
 _PRE = ("input_layernorm", "post_attention_layernorm")
 _POST = ("post_attention_layernorm", "post_feedforward_layernorm")

@@ -14,9 +14,10 @@ from dllama_mpi.kernels.quantize import pack_tiles, unpack_tiles, update_row_sca
 from dllama_mpi.model.linear import multiply
 from dllama_mpi.parallel.collective.payload import encode
 from dllama_mpi.parallel.collective.table import PAYLOADS
-from tests import naive
-from tests.naive import Bytes, Floats
+from tests import naive_formats, naive_products
+from tests.naive_numbers import Bytes, Floats
 
+SHAPES = ((1, 1), (16, 32), (3, 64), (17, 33), (40, 100), (163, 160))
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 17, 64)  # every remainder of the blocks of 8 that kernels work in
 NO_CODES = (np.zeros((0, 0), np.int8), np.zeros((0, 0), np.float32), np.zeros((0, 0), np.int32))
 Q80 = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -69,7 +70,7 @@ def packed(values: Floats, fmt: str) -> Tiles:
     tiles = aligned_empty(FORMATS[fmt].shape(*values.shape))
     scales = np.zeros(ROWS * len(tiles) if FORMATS[fmt].has_row_scales else 0, np.float32)
     update_row_scales(FORMATS[fmt], values, scales)
-    pack_tiles(FORMATS[fmt], naive.padded(values, ROWS, BLOCK), tiles, scales)
+    pack_tiles(FORMATS[fmt], naive_formats.padded(values, ROWS, BLOCK), tiles, scales)
     return Tiles(fmt, tiles, scales)
 
 
@@ -92,13 +93,13 @@ def q80_like(x: Floats) -> Q80:
 
 def assert_q80_of(x: Floats, got: Q80) -> None:
     """Check that arrays hold the Q80 form of x, bit for bit."""
-    for part, ref in zip(got, naive.quantise_activations(x), strict=True):
+    for part, ref in zip(got, naive_products.quantise_activations(x), strict=True):
         np.testing.assert_array_equal(part, ref)
 
 
 def inputs(x: Floats) -> Activations:
     """Return x (tokens, cols) and its Q80 form as kernels take them."""
-    x = naive.padded(x, 1, BLOCK)
+    x = naive_formats.padded(x, 1, BLOCK)
     made = Activations(x, *q80_like(x))
     elementwise.quantise(made, len(x), 1)
     return made

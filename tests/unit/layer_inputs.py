@@ -12,13 +12,13 @@ from dllama_mpi.kernels.layout import BLOCK, ROWS, ceil_to
 from dllama_mpi.kernels.matrix import Activations, aligned_zeros
 from dllama_mpi.model.experts import ExpertsScratch, Routing
 from dllama_mpi.model.mlp import MLPScratch
-from tests import naive, naive_experts
-from tests.naive import Floats
+from tests import naive_experts, naive_layers
+from tests.naive_numbers import Floats
 from tests.unit.kernel_inputs import NO_CODES
 
 ACTIVATIONS: dict[str, tuple[Any, Callable[[Floats, Floats], Any], float]] = {
-    "silu": (activation.Silu(), naive.silu_mul, 4e-6),
-    "gelu_tanh": (activation.GeluTanh(), naive.gelu_tanh_mul, 4e-5),
+    "silu": (activation.Silu(), naive_layers.silu_mul, 4e-6),
+    "gelu_tanh": (activation.GeluTanh(), naive_layers.gelu_tanh_mul, 4e-5),
     "clamped_swiglu": (
         activation.ClampedSwiGLU(7.0),
         lambda gate, up: naive_experts.clamped_swiglu(gate, up, 1.702, 7.0),

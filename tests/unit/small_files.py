@@ -14,9 +14,9 @@ from dllama_mpi.kernels.layout import FORMATS
 from dllama_mpi.weights.checkpoint import LAYOUT, LAYOUT_KEY, SCALES, TILES_KEY, Checkpoint
 from dllama_mpi.weights.source import Range
 from dllama_mpi.weights.tiles import TileMatrix, load_matrix
-from tests import naive
-from tests.naive import Floats
-from tests.tiny_models import from_bfloat16, to_bfloat16
+from tests import naive_formats, naive_numbers
+from tests.naive_numbers import Floats
+from tests.tiny_models.tensors import from_bfloat16, to_bfloat16
 
 DTYPES = ("F32", "F16", "BF16")
 every_dtype = pytest.mark.parametrize("dtype", DTYPES)
@@ -51,7 +51,7 @@ def stored(values: Floats, dtype: str) -> tuple[str, np.ndarray]:
     """Return values as a type of safetensors, ready for `write`."""
     stored: dict[str, np.ndarray] = {
         "F32": values,
-        "F16": naive.half(values).view(np.uint16),
+        "F16": naive_numbers.half(values).view(np.uint16),
         "BF16": to_bfloat16(values),
     }
     return dtype, stored[dtype]
@@ -61,17 +61,21 @@ def read_back(values: Floats, dtype: str) -> Floats:
     """Return float32 values as they come back from a type of safetensors."""
     if dtype == "BF16":
         return from_bfloat16(to_bfloat16(values))
-    return naive.half(values).astype(np.float32) if dtype == "F16" else values
+    return naive_numbers.half(values).astype(np.float32) if dtype == "F16" else values
 
 
 def scales_of(matrix: Floats, fmt: str) -> Floats:
     """Return the row scales (rows to 16s,) that lie beside a matrix in a format; (0,) of formats without."""
-    return naive.row_scales(naive.padded(matrix, 16, 32), fmt) if FORMATS[fmt].has_row_scales else np.zeros(0, "f4")
+    return (
+        naive_formats.row_scales(naive_formats.padded(matrix, 16, 32), fmt)
+        if FORMATS[fmt].has_row_scales
+        else np.zeros(0, "f4")
+    )
 
 
 def tile_folder(folder: Path, matrix: Floats, fmt: str) -> Checkpoint:
     """Return a checkpoint with one matrix "w" converted to tiles."""
-    entries: dict[str, tuple[str, np.ndarray]] = {"w": ("U8", naive.pack(matrix, fmt))}
+    entries: dict[str, tuple[str, np.ndarray]] = {"w": ("U8", naive_formats.pack(matrix, fmt))}
     if FORMATS[fmt].has_row_scales:
         entries["w" + SCALES] = ("F32", scales_of(matrix, fmt))
     return Checkpoint(write(folder / "model.safetensors", entries, 32, **{TILES_KEY: fmt, LAYOUT_KEY: LAYOUT}))

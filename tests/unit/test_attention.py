@@ -12,8 +12,9 @@ from dllama_mpi.kernels.attention import Heads, KVLayer, attention
 from dllama_mpi.kernels.elementwise import Preparation, rope_and_store
 from dllama_mpi.kernels.layout import BLOCK, ROWS
 from dllama_mpi.model.forward import Step
-from tests import naive
-from tests.naive import PLAIN_SCORES, Doubles, Floats, Ints, Scores
+from tests import naive_layers, naive_numbers
+from tests.naive_layers import PLAIN_SCORES, Scores
+from tests.naive_numbers import Doubles, Floats, Ints
 from tests.unit.kernel_inputs import aligned, random
 
 EMPTY = np.zeros(0, np.float32)
@@ -116,9 +117,9 @@ class Prepared:
 
         def finished(part: Floats, norm: Floats) -> Floats:
             if self.norm == "first":
-                part = naive.rms_norm(part, norm, 1e-6)
-            part = naive.rotate(self.clipped(part), angles)
-            return naive.rms_norm(part, norm, 1e-6) if self.norm == "last" else part
+                part = naive_layers.rms_norm(part, norm, 1e-6)
+            part = naive_layers.rotate(self.clipped(part), angles)
+            return naive_layers.rms_norm(part, norm, 1e-6) if self.norm == "last" else part
 
         return finished(q, p.q_norm), finished(k, p.k_norm), self.clipped(v)
 
@@ -151,7 +152,7 @@ def test_rope_and_store(given: Prepared, half_cache: bool, threads: int) -> None
     all_values = cache.values[:, :, where[1] // ROWS, where[0], where[1] % ROWS]
     keys, values = (stored[slot_of, :, positions] for stored in (all_keys, all_values))
     if half_cache:
-        np.testing.assert_array_equal(values, naive.half(v).view(np.uint16))
+        np.testing.assert_array_equal(values, naive_numbers.half(v).view(np.uint16))
         np.testing.assert_allclose(keys.view(np.float16).astype(np.float32), k, rtol=1e-3, atol=1e-4)
     else:
         np.testing.assert_array_equal(values, v)
@@ -212,7 +213,7 @@ def held(values: Floats, half_cache: bool) -> tuple[np.ndarray, Floats]:
     """Return what a cache holds of values, and what that stands for."""
     if not half_cache:
         return values, values
-    halves = naive.half(values)
+    halves = naive_numbers.half(values)
     return halves.view(np.uint16), halves.astype(np.float32)
 
 
@@ -226,8 +227,8 @@ def check(rank: Rank, heads: int, half_cache: bool, query_scales: bool = False) 
     q, kv = 3 * random(1, tokens, heads, dim), heads // rank.group
     (k, k_seen), (v, v_seen) = (held(random(seed, 3, kv, length, dim), half_cache) for seed in (2, 3))
     ref = np.concatenate([
-        naive.attention(q[t : t + 1] * np.float32(scales[t]), k_seen[slots[t]], v_seen[slots[t]], positions[t : t + 1],
-                        rank.window, rank.how) for t in range(tokens)
+        naive_layers.attention(q[t : t + 1] * np.float32(scales[t]), k_seen[slots[t]], v_seen[slots[t]],
+                               positions[t : t + 1], rank.window, rank.how) for t in range(tokens)
     ])  # fmt: skip
     own = slice(*rank.kv)
     cache, step = kv_layer(k[:, own], v[:, own]), step_of(slots, positions, query_scales=scales)
@@ -306,7 +307,7 @@ def test_attention_over_long_contexts(
     (k, k_seen), (v, v_seen) = (held(random(seed, kv, length, dim), half_cache) for seed in (2, 3))
     positions, zeros, own = np.arange(length - tokens, length), np.zeros(tokens, np.int64), slice(*rank.kv)
     cache, mine = kv_layer(k[None, own], v[None, own]), q[:, first:last]
-    ref = naive.attention(q, k_seen, v_seen, positions, window, how)[:, first:last]
+    ref = naive_layers.attention(q, k_seen, v_seen, positions, window, how)[:, first:last]
     for threads in (1, 2, 5):
         got = rank.attend(mine, cache, step_of(zeros, positions), threads)
         np.testing.assert_allclose(got, ref, rtol=1e-5, atol=3e-6)
@@ -329,14 +330,14 @@ def test_tokens_of_one_sequence_get_the_same_bits_alone(half_cache: bool) -> Non
 def test_attention_to_scores_that_would_overflow() -> None:
     q, k, v = 1e3 * random(1, 1, 1, 32), 1e3 * random(2, 1, 1, 6, 32), random(3, 1, 1, 6, 32)
     got = Rank(0, 1, 1).attend(q, kv_layer(k, v), step_of(np.zeros(1, np.int64), np.array([5])))
-    np.testing.assert_allclose(got, naive.attention(q, k[0], v[0], np.array([5]), 0), rtol=1e-5)
+    np.testing.assert_allclose(got, naive_layers.attention(q, k[0], v[0], np.array([5]), 0), rtol=1e-5)
 
 
 def as_codes(values: Floats) -> Floats:
     """Return what values (..., dim) become as int8 codes with a float16 scale for 32 dimensions."""
     dim = values.shape[-1]
     blocks = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, -dim % BLOCK)]).reshape(*values.shape[:-1], -1, BLOCK)
-    scales = naive.half(np.abs(blocks).max(-1, keepdims=True) / np.float32(127)).astype(np.float32)
+    scales = naive_numbers.half(np.abs(blocks).max(-1, keepdims=True) / np.float32(127)).astype(np.float32)
     codes = np.rint(blocks / scales).clip(-127, 127)
     return (codes * scales).reshape(*values.shape[:-1], -1)[..., :dim].astype(np.float32)
 
@@ -358,7 +359,7 @@ def test_quantised_cache(dim: int, tokens: int, threads: int) -> None:
     )
     q, last = random(2, tokens, heads, dim), positions[length - tokens :]
     got = Rank(0, heads, 1).attend(q, cache, step_of(ones[:tokens], last), threads)
-    ref = naive.attention(q, as_codes(k), as_codes(v), last, 0)
+    ref = naive_layers.attention(q, as_codes(k), as_codes(v), last, 0)
     np.testing.assert_allclose(got, ref, rtol=1e-4, atol=2e-5)
-    exact = naive.attention(q, k, v, last, 0)
+    exact = naive_layers.attention(q, k, v, last, 0)
     assert np.abs(exact - ref).max() > 1e-4  # the comparison sees quantisation

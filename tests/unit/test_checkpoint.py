@@ -11,9 +11,11 @@ from dllama_mpi.errors import ModelError
 from dllama_mpi.startup.opening import open_model
 from dllama_mpi.weights.checkpoint import LAYOUT, LAYOUT_KEY, TILES_KEY, Checkpoint
 from dllama_mpi.weights.source import Range, Tensor, as_float32
-from tests import naive
-from tests.naive import Floats
-from tests.tiny_models import CASES, from_bfloat16, tensors, write_model
+from tests import naive_formats
+from tests.naive_numbers import Floats
+from tests.tiny_models.cases import CASES
+from tests.tiny_models.files import write_model
+from tests.tiny_models.tensors import from_bfloat16, tensors
 from tests.unit.small_files import (
     every_dtype,
     load,
@@ -82,7 +84,7 @@ def test_data_may_lie_at_any_address(dtype: str, offset: int, tmp_path: Path) ->
     source = Checkpoint(write(tmp_path / "model.safetensors", {"w": stored(values, dtype)}, offset))
     np.testing.assert_array_equal(source["w"].values(((3, 9), (0, 64))), read_back(values, dtype)[3:9])
     got = load(source, (40, 64), (3, 40), (32, 64), "q80")
-    np.testing.assert_array_equal(got.tiles[0], naive.pack(read_back(values, dtype)[3:, 32:], "q80"))
+    np.testing.assert_array_equal(got.tiles[0], naive_formats.pack(read_back(values, dtype)[3:, 32:], "q80"))
 
 
 def test_a_missing_tensor(tmp_path: Path) -> None:
@@ -207,13 +209,13 @@ def test_fingerprint_tells_other_values_in_the_same_places(tmp_path: Path) -> No
 
 
 def test_tiles_of_another_layout(tmp_path: Path) -> None:
-    entry = ("U8", naive.pack(random(1, 16, 32), "q40"))
+    entry = ("U8", naive_formats.pack(random(1, 16, 32), "q40"))
     write(tmp_path / "model.safetensors", {"w": entry}, 32, **{TILES_KEY: "q40", LAYOUT_KEY: "0"})
     assert f"converted with layout 0, this is {LAYOUT}; convert again" in failure(tmp_path)
 
 
 def test_tiles_in_an_unknown_format(tmp_path: Path) -> None:
-    entry = ("U8", naive.pack(random(1, 51, 96), "q40"))
+    entry = ("U8", naive_formats.pack(random(1, 51, 96), "q40"))
     folder = write(tmp_path / "model.safetensors", {"w": entry}, 32, **{TILES_KEY: "q20", LAYOUT_KEY: LAYOUT})
     assert "tensor w is in format 'q20'; known are q40, q4m, iq4nl, mxfp4, q80, f16, f32" in failure(folder)
 

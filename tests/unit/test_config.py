@@ -17,8 +17,11 @@ from dllama_mpi.model.config import AttentionConfig, LayerConfig, MLPConfig, Mod
 from dllama_mpi.model.recipe import parameters
 from dllama_mpi.model.rope import KINDS, Rope, RopeConfig
 from dllama_mpi.startup.opening import model_config
-from tests import naive
-from tests.tiny_models import CASES, Case, head_dim, tensor_specs, write_model
+from tests import naive_layers
+from tests.tiny_models.case import Case
+from tests.tiny_models.cases import CASES
+from tests.tiny_models.files import write_model
+from tests.tiny_models.tensors import head_dim, tensor_specs
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -102,7 +105,7 @@ def test_angles_of_every_case(case: Case) -> None:
     for length in (16, 33, 64):
         cos, sin = Rope(attention.rope)(positions, np.full(6, length, np.int32))
         assert cos.dtype == sin.dtype == np.float32
-        angles, factor = naive.rope_angles(case.config, attention.head_dim, positions.astype(np.int64), length)
+        angles, factor = naive_layers.rope_angles(case.config, attention.head_dim, positions.astype(np.int64), length)
         np.testing.assert_allclose(cos, factor * np.cos(angles), atol=1e-5)
         np.testing.assert_allclose(sin, factor * np.sin(angles), atol=1e-5)
 

@@ -18,7 +18,8 @@ from dllama_mpi.model.rope import RopeConfig
 from dllama_mpi.text.files import read_json
 from tests.tiny_dense import DENSE_CASES
 from tests.tiny_dense.common import FULL, SLIDING
-from tests.tiny_models import CASES, Config
+from tests.tiny_models.case import Config
+from tests.tiny_models.cases import CASES
 
 ALL = CASES | DENSE_CASES
 

@@ -15,7 +15,10 @@ from dllama_mpi.startup.opening import open_model
 from dllama_mpi.weights.convert import Conversion, convert
 from tests.one_rank import OneRank
 from tests.tiny_dense import DENSE_CASES
-from tests.tiny_models import Case, load_reference, tensor_specs, write_model
+from tests.tiny_models.case import Case
+from tests.tiny_models.files import write_model
+from tests.tiny_models.references import load_reference
+from tests.tiny_models.tensors import tensor_specs
 
 every_case = pytest.mark.parametrize("case", DENSE_CASES.values(), ids=DENSE_CASES)
 

@@ -24,7 +24,7 @@ from dllama_mpi.model.experts import (
 from dllama_mpi.model.linear import NoMatrix
 from dllama_mpi.model.mlp import GatedMLP, MLPScratch, gated_mlp
 from tests import naive_experts
-from tests.naive import Floats, Ints
+from tests.naive_numbers import Floats, Ints
 from tests.tiers import all_but
 from tests.unit.kernel_inputs import Tiles, aligned, fields, inputs, matmul, packed, random
 from tests.unit.layer_inputs import ACTIVATIONS, experts_scratch, mlp_scratch, routing_scratch

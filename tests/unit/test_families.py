@@ -15,7 +15,10 @@ from tests.all_cases import FAMILY_CASES
 from tests.naive_experts import SparseModel
 from tests.one_rank import OneRank
 from tests.tiers import QUICK_FAMILIES, all_but, slow
-from tests.tiny_models import GREEDY_TOKENS, Case, load_reference, text_config, write_model
+from tests.tiny_models.case import Case
+from tests.tiny_models.files import write_model
+from tests.tiny_models.references import GREEDY_TOKENS, load_reference
+from tests.tiny_models.tensors import text_config
 
 F32_TOLERANCE = 1e-4
 """Largest difference from transformers' float32 logits, which spread over about 10; 3e-5 is measured."""

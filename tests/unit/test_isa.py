@@ -22,8 +22,8 @@ from dllama_mpi.kernels import runtime
 from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS, aligned_empty
 from dllama_mpi.kernels.matmul import KERNELS, described
 from dllama_mpi.kernels.simd import EMITTERS
-from tests import naive
-from tests.naive import Floats
+from tests import naive_formats, naive_products
+from tests.naive_numbers import Floats
 from tests.tiers import QUICK_FORMATS, all_but
 from tests.unit import vector_code
 from tests.unit.vector_code import HOST, Compiled
@@ -82,11 +82,13 @@ def random(seed: int, *shape: int) -> Floats:
 def matmul(kernel: Compiled, matrix: Floats, fmt: str, x: Floats) -> Floats:
     """Return x @ matrix^T (tokens, rows) by a compiled kernel."""
     tiles = aligned_empty(FORMATS[fmt].shape(*matrix.shape))
-    tiles[:] = naive.pack(matrix, fmt)
-    scales = naive.row_scales(naive.padded(matrix, ROWS, 1), fmt) if FORMATS[fmt].has_row_scales else None
+    tiles[:] = naive_formats.pack(matrix, fmt)
+    scales = (
+        naive_formats.row_scales(naive_formats.padded(matrix, ROWS, 1), fmt) if FORMATS[fmt].has_row_scales else None
+    )
     m = described(FORMATS[fmt], tiles, scales)
-    x = naive.padded(x, 1, BLOCK)
-    codes, x_scales, offsets = naive.quantise_activations(x)
+    x = naive_formats.padded(x, 1, BLOCK)
+    codes, x_scales, offsets = naive_products.quantise_activations(x)
     inputs = x, codes.astype(np.int8), x_scales, offsets.astype(np.int32)
     y = np.full((len(x), ROWS * len(tiles) + 3), np.nan, np.float32)
     addresses = [a.ctypes.data for a in inputs]
@@ -118,7 +120,7 @@ def check_kernel(kernel: Compiled, fmt: str, tokens: int) -> None:
             (np.zeros((rows, cols), np.float32), random(5, tokens, cols)),
             (random(6, rows, cols), np.zeros((tokens, cols), np.float32)),
         ):
-            np.testing.assert_array_equal(matmul(kernel, matrix, fmt, x), naive.matmul(matrix, fmt, x))
+            np.testing.assert_array_equal(matmul(kernel, matrix, fmt, x), naive_products.matmul(matrix, fmt, x))
 
 
 @every_format_by_tier
@@ -148,13 +150,13 @@ def test_rounding(isa: str, fmt: str) -> None:
     matrix, scales = random(1, ROWS, 96), np.zeros(0, np.float32)
     matrix[3], matrix[:, 40:64] = 0, matrix[:, 40:64] * 100
     if FORMATS[fmt].has_row_scales:
-        scales = naive.row_scales(matrix, fmt)
+        scales = naive_formats.row_scales(matrix, fmt)
     tiles = np.full(FORMATS[fmt].shape(ROWS, 96), 99, np.uint8)
     pack(matrix.ctypes.data, matrix.strides[0], tiles.ctypes.data, 3, scales.ctypes.data)
-    np.testing.assert_array_equal(tiles, naive.pack(matrix, fmt))
+    np.testing.assert_array_equal(tiles, naive_formats.pack(matrix, fmt))
     got = np.full((ROWS, 97), np.nan, np.float32)
     unpack(got.ctypes.data, got.strides[0], tiles.ctypes.data, 3, scales.ctypes.data)
-    np.testing.assert_array_equal(got[:, :96], naive.as_stored(matrix, fmt))
+    np.testing.assert_array_equal(got[:, :96], naive_formats.as_stored(matrix, fmt))
     assert np.isnan(got[:, 96]).all()
 
 
@@ -249,8 +251,8 @@ def test_float_kernels_multiply_by_a_lane_on_arm(isa: str, fmt: str) -> None:
 def run_matmuls(python: str, isa: str, restrictions: dict[str, str]) -> None:
     """Check a few matrix products of every format with an instruction set, in a new process."""
     code = (
-        "from tests.unit import test_kernels; from dllama_mpi.kernels import runtime;"
-        "test_kernels.check_few_matmuls(); print(runtime.ISA)"
+        "from tests.unit import test_products; from dllama_mpi.kernels import runtime;"
+        "test_products.check_few_matmuls(); print(runtime.ISA)"
     )
     done = subprocess.run(
         [python, "-W", "error", "-c", code],

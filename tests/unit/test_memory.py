@@ -12,7 +12,7 @@ from dllama_mpi.model.recipe import WeightRecipe, weight_bytes
 from dllama_mpi.startup.memory import Need, available_bytes, fitting_positions
 from dllama_mpi.startup.options import Kept
 from dllama_mpi.startup.shares import MemoryPlan, shards_of
-from tests.tiny_models import CASES
+from tests.tiny_models.cases import CASES
 
 GB = 10**9
 GQA = read_model_config(CASES["llama3_gqa"].config)

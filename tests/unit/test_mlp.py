@@ -11,8 +11,8 @@ import pytest
 from dllama_mpi.kernels import activation
 from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS, ceil_to
 from dllama_mpi.model.mlp import GatedMLP, gated_mlp
-from tests import naive
-from tests.naive import Floats
+from tests import naive_formats
+from tests.naive_numbers import Floats
 from tests.unit.kernel_inputs import Tiles, assert_q80_of, fields, inputs, matmul, packed, random
 from tests.unit.layer_inputs import ACTIVATIONS, mlp_scratch
 
@@ -53,7 +53,7 @@ class MLPCase(NamedTuple):
             product = matmul(matrix, x)[:, :size]
             product[:, : self.biases.shape[2]] += self.biases[1, which]
             sums.append(product)
-        return naive.padded(np.asarray(combine(*sums), np.float32), 1, BLOCK)
+        return naive_formats.padded(np.asarray(combine(*sums), np.float32), 1, BLOCK)
 
 
 def check_mlp(case: MLPCase, x: Floats, name: str, threads: int) -> None:

@@ -15,11 +15,14 @@ from dllama_mpi.engine.request import SamplingParams
 from dllama_mpi.engine.step import Step
 from dllama_mpi.errors import DllamaError, RequestError, UsageError
 from dllama_mpi.kernels.layout import aligned_empty
-from tests import naive
-from tests.naive import Floats
+from tests import naive_model, naive_sampling
+from tests.naive_numbers import Floats
 from tests.one_rank import OneRank
 from tests.tiers import QUICK_CASES, all_but
-from tests.tiny_models import CASES, GREEDY_TOKENS, Case, load_reference, write_model
+from tests.tiny_models.case import Case
+from tests.tiny_models.cases import CASES
+from tests.tiny_models.files import write_model
+from tests.tiny_models.references import GREEDY_TOKENS, load_reference
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 every_case_by_tier = pytest.mark.parametrize(
@@ -87,7 +90,7 @@ def test_greedy_tokens_are_the_references(case: Case, chunk: int, load: Load) ->
 @every_case_by_tier
 def test_the_twin_is_right_too(case: Case, folders: Callable[[Case], Path]) -> None:
     reference = load_reference(case)
-    got = naive.Model(folders(case), "f32").logits(reference.tokens)
+    got = naive_model.Model(folders(case), "f32").logits(reference.tokens)
     np.testing.assert_allclose(got, reference.logits, rtol=0, atol=F32_TOLERANCE)
 
 
@@ -142,7 +145,7 @@ def twin_differences(case: Case, weights: str, folder: Path, llm: OneRank) -> tu
     """Return for each token of short sequences the largest difference of a logit from the naive twin, and the largest
     that quantisation makes to the twin itself.
     """
-    twin, exact = naive.Model(folder, weights), naive.Model(folder, "f32")
+    twin, exact = naive_model.Model(folder, weights), naive_model.Model(folder, "f32")
     differences, effects = [], []
     for tokens in short_sequences(case):
         ref = twin.logits(tokens)
@@ -242,7 +245,7 @@ def test_penalties_count_prompt_and_output(load: Load) -> None:
     tokens = list(prompt)
     for _ in range(12):
         logits = llm.logits(tokens)[-1]
-        tokens.append(int(naive.penalised(logits, tokens, len(prompt), 1.3, 0.6, 0.4).argmax()))
+        tokens.append(int(naive_sampling.penalised(logits, tokens, len(prompt), 1.3, 0.6, 0.4).argmax()))
     assert llm.generate(prompt, params).token_ids == tokens[len(prompt) :]
     assert (
         llm.generate(prompt, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)).token_ids

@@ -17,9 +17,10 @@ from dllama_mpi.parallel.partition import Range
 from dllama_mpi.startup.opening import ModelFiles, open_model
 from dllama_mpi.weights.mapped import Mxfp4Tensor
 from dllama_mpi.weights.tiles import load_matrix
-from tests import naive
+from tests import naive_model
 from tests.naive_experts import mxfp4_dequantise
-from tests.tiny_models import Case, write_model
+from tests.tiny_models.case import Case
+from tests.tiny_models.files import write_model
 from tests.tiny_sparse import SPARSE_CASES
 
 MXFP4, F32 = FORMATS["mxfp4"], FORMATS["f32"]
@@ -40,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def stored(folder: Path, part: str) -> np.ndarray:
     """Return what the files hold of a layer's experts (experts, rows, cols): gate and up interleaved, or down."""
-    every = naive.read_tensors(folder)
+    every = naive_model.read_tensors(folder)
     blocks, scales = (every[f"{PREFIX}{part}_proj_{kind}"].astype(np.uint8) for kind in ("blocks", "scales"))
     return mxfp4_dequantise(blocks, scales)
 

@@ -25,7 +25,9 @@ from tests.naive_experts import (
     softmax_then_best,
 )
 from tests.sparse_tensors import mxfp4
-from tests.tiny_models import Case, load_reference, write_model
+from tests.tiny_models.case import Case
+from tests.tiny_models.files import write_model
+from tests.tiny_models.references import load_reference
 from tests.tiny_sparse import SPARSE_CASES
 
 

@@ -13,8 +13,8 @@ from dllama_mpi.kernels.layout import FORMATS, MXFP4
 from dllama_mpi.weights.checkpoint import Checkpoint
 from dllama_mpi.weights.mapped import MappedSource, Mxfp4, Place, Ref, Stack
 from dllama_mpi.weights.tiles import TileMatrix, load_matrix, load_vector
-from tests import naive
-from tests.naive import Floats
+from tests import naive_formats
+from tests.naive_numbers import Floats
 from tests.unit.small_files import every_dtype, random, read_back, stored, write
 
 SHUFFLED = np.random.default_rng(3).permutation(48)
@@ -165,7 +165,7 @@ def test_mxfp4(rows: slice, fmt: str, ranges: tuple[tuple[int, int], ...], tmp_p
     got = load_matrix(source["w"], shape, ranges, FORMATS[fmt])
     of_experts, of_rows, of_cols = (slice(*each) for each in ranges)
     for i, whole_rows in enumerate(expected[of_experts, of_rows]):
-        reference = whole_rows if fmt != "q80" else naive.as_stored(whole_rows, fmt)
+        reference = whole_rows if fmt != "q80" else naive_formats.as_stored(whole_rows, fmt)
         np.testing.assert_array_equal(got.to_float32(i), reference[:, of_cols])
 
 

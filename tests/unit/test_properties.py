@@ -18,11 +18,13 @@ from dllama_mpi.kernels.quantize import NO_SCALES, pack_tiles, unpack_tiles, upd
 from dllama_mpi.model.batch import Batch
 from dllama_mpi.model.tensors import Cut, Kind, TensorSpec, part
 from dllama_mpi.parallel.partition import Axis, Range, cut, shards
-from tests import naive
-from tests.naive import Bytes, Floats
+from tests import naive_formats
+from tests.naive_numbers import Bytes, Floats
 
 SHARES = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9)
-every_format = pytest.mark.parametrize("fmt", [FORMATS[name] for name in naive.TILE_BYTES], ids=lambda fmt: fmt.name)
+every_format = pytest.mark.parametrize(
+    "fmt", [FORMATS[name] for name in naive_formats.TILE_BYTES], ids=lambda fmt: fmt.name
+)
 
 
 def sizes(ranges: list[Range]) -> list[int]:
@@ -209,13 +211,15 @@ def pack(matrix: Floats, fmt: TileFormat, scales: Floats) -> Bytes:
 @every_format
 @given(matrix=matrices())
 def test_any_matrix_is_packed_as_by_the_twin(fmt: TileFormat, matrix: Floats) -> None:
-    whole = naive.padded(matrix, ROWS, BLOCK)
+    whole = naive_formats.padded(matrix, ROWS, BLOCK)
     scales = row_scales(whole, fmt)
     tiles = pack(whole, fmt, scales)
-    np.testing.assert_array_equal(tiles, naive.pack(matrix, fmt.name))
+    np.testing.assert_array_equal(tiles, naive_formats.pack(matrix, fmt.name))
     values = np.full_like(whole, np.nan)
     unpack_tiles(fmt, tiles, scales, values)
-    np.testing.assert_array_equal(values[: matrix.shape[0], : matrix.shape[1]], naive.as_stored(matrix, fmt.name))
+    np.testing.assert_array_equal(
+        values[: matrix.shape[0], : matrix.shape[1]], naive_formats.as_stored(matrix, fmt.name)
+    )
     if fmt.name not in ("q4m", "iq4nl"):  # which have no zero; what padding is multiplied with is zero
         assert not values[matrix.shape[0] :].any()
         assert not values[:, matrix.shape[1] :].any()
@@ -225,7 +229,7 @@ def test_any_matrix_is_packed_as_by_the_twin(fmt: TileFormat, matrix: Floats) ->
 @given(matrix=matrices(), data=st.data())
 def test_tiles_of_a_cut_are_a_cut_of_the_tiles(fmt: TileFormat, matrix: Floats, data: st.DataObject) -> None:
     """Cut at tiles of rows and blocks of columns; what a row has once is that of the whole row."""
-    whole = naive.padded(matrix, ROWS, BLOCK)
+    whole = naive_formats.padded(matrix, ROWS, BLOCK)
     scales = row_scales(whole, fmt)
     tiles = pack(whole, fmt, scales)
     (a, b), (c, d) = (
@@ -239,7 +243,7 @@ def test_tiles_of_a_cut_are_a_cut_of_the_tiles(fmt: TileFormat, matrix: Floats, 
 @every_format
 @given(matrix=matrices(), at=st.integers(0, 4))
 def test_row_scales_do_not_depend_on_how_columns_come(fmt: TileFormat, matrix: Floats, at: int) -> None:
-    whole = naive.padded(matrix, ROWS, BLOCK)
+    whole = naive_formats.padded(matrix, ROWS, BLOCK)
     middle = min(at * BLOCK, whole.shape[1])
     found = np.zeros(len(whole), np.float32)
     for columns in (whole[:, :middle], whole[:, middle:]):

@@ -11,7 +11,7 @@ from dllama_mpi.model.config import AttentionConfig, DeltaNetConfig, ExpertsConf
 from dllama_mpi.model.recipe import DEFAULT, GROUPS, ROLES, WeightRecipe, bits_per_weight, default_kv_type, described
 from dllama_mpi.model.rope import RopeConfig
 from dllama_mpi.model.tensors import Kind, tensors
-from tests.tiny_models import CASES
+from tests.tiny_models.cases import CASES
 
 EXPERTS = ExpertsConfig(MLPConfig(64), 4, 2, shared=MLPConfig(64), shared_gate=True)
 ATTENTION = AttentionConfig(4, 2, 16, RopeConfig("default", 16, 1e4), 1.0, gate=True)

@@ -27,8 +27,8 @@ from dllama_mpi.kernels.simd import address
 from dllama_mpi.model.experts import SIGMOID, SOFTMAX, Routing, route
 from dllama_mpi.model.forward import Residual, Sum, add_and_normalise
 from dllama_mpi.parallel.collective.table import PAYLOADS
-from tests import naive
-from tests.naive import Floats
+from tests import naive_formats, naive_layers, naive_numbers, naive_payloads
+from tests.naive_numbers import Floats
 from tests.unit.kernel_inputs import NO_CODES, TOKENS, assert_q80_of, encoded, matmul, packed, q80_like, random, uneven
 from tests.unit.layer_inputs import routing_scratch
 
@@ -57,9 +57,9 @@ def test_a_norm_has_the_bits_of_its_order(size: int) -> None:
     for row in rows:
         row, out = filled(row, size), np.full(width, np.nan, np.float32)
         normalise_row(row, weight, size, np.float32(EPS), out)
-        np.testing.assert_array_equal(out[:size], naive.rms_norm_in_order(row[:size], weight[:size], EPS))
+        np.testing.assert_array_equal(out[:size], naive_layers.rms_norm_in_order(row[:size], weight[:size], EPS))
         assert not out[size:].any()
-        np.testing.assert_allclose(out[:size], naive.rms_norm(row[:size], weight[:size], EPS), rtol=3e-6)
+        np.testing.assert_allclose(out[:size], naive_layers.rms_norm(row[:size], weight[:size], EPS), rtol=3e-6)
         normalise_row(row, weight, size, np.float32(EPS), row)  # in place
         np.testing.assert_array_equal(row, out)
 
@@ -74,7 +74,7 @@ def test_rms_norm(tokens: int, size: int) -> None:
         for threads in (1, 2):
             out, residual = Activations(np.full_like(x, np.nan), *q80_like(x)), Residual(x.copy(), size, EPS)
             add_and_normalise(residual, NOTHING, weight, out, 0, threads)
-            ref = naive.rms_norm(x[:, :size], weight[:size], EPS)
+            ref = naive_layers.rms_norm(x[:, :size], weight[:size], EPS)
             np.testing.assert_allclose(out.values[:, :size], ref, rtol=3e-6)
             assert not out.values[:, size:].any()
             assert_q80_of(out.values, out[1:])
@@ -89,23 +89,23 @@ def test_rms_norm(tokens: int, size: int) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def summed(x: Floats, payloads: naive.Bytes, bias: Floats) -> Floats:
+def summed(x: Floats, payloads: naive_numbers.Bytes, bias: Floats) -> Floats:
     """Return x plus each rank's payload in turn and a bias, float32 after each addition."""
     for one in payloads:
-        x = x + naive.decode(one).reshape(x.shape)
+        x = x + naive_payloads.decode(one).reshape(x.shape)
     return x + bias if bias.size else x
 
 
 SIZE, WIDTH = 40, 64
 
 
-def given(tokens: int, ranks: int, payload: str) -> tuple[Floats, naive.Bytes]:
+def given(tokens: int, ranks: int, payload: str) -> tuple[Floats, naive_numbers.Bytes]:
     """Return a residual, and what so many ranks send to be added."""
     parts = [filled(random(10 + rank, tokens, WIDTH), SIZE) for rank in range(ranks)]
     return filled(random(1, tokens, WIDTH), SIZE), np.stack([encoded(part.reshape(-1, 32), payload) for part in parts])
 
 
-def source_of(payloads: naive.Bytes, payload: str) -> np.ndarray:
+def source_of(payloads: naive_numbers.Bytes, payload: str) -> np.ndarray:
     """Return how compiled code finds payloads."""
     return np.array([payloads.ctypes.data, len(payloads), payloads[0].nbytes, PAYLOADS[payload]], np.int64)
 
@@ -124,7 +124,9 @@ def test_add_and_normalise(tokens: int, has_bias: bool, ranks: int, payload: str
         residual, out = Residual(x.copy(), SIZE, EPS), Activations(np.full_like(x, np.nan), *q80_like(x))
         add_and_normalise(residual, addend, weight, out, 0, threads)
         np.testing.assert_array_equal(residual.rows, ref)
-        np.testing.assert_allclose(out.values[:, :SIZE], naive.rms_norm(ref[:, :SIZE], weight[:SIZE], EPS), rtol=3e-6)
+        np.testing.assert_allclose(
+            out.values[:, :SIZE], naive_layers.rms_norm(ref[:, :SIZE], weight[:SIZE], EPS), rtol=3e-6
+        )
         assert_q80_of(out.values, out[1:])
 
 
@@ -144,8 +146,8 @@ def test_a_norm_after_and_a_scale(
     before = filled(random(4, WIDTH), SIZE) if has_before else EMPTY
     total = summed(np.zeros_like(x), payloads, bias)
     if has_after:
-        total = np.stack([naive.rms_norm_in_order(row[:SIZE], after[:SIZE], EPS) for row in total])
-        total = naive.padded(total, 1, WIDTH)
+        total = np.stack([naive_layers.rms_norm_in_order(row[:SIZE], after[:SIZE], EPS) for row in total])
+        total = naive_formats.padded(total, 1, WIDTH)
     ref = summed(x, payloads, bias) if scale == 1 and not has_after else x + np.float32(scale) * total
     addend = Sum(source_of(payloads, payload), bias, after, scale)
     for threads in (1, 2):
@@ -153,7 +155,7 @@ def test_a_norm_after_and_a_scale(
         add_and_normalise(residual, addend, before, out, 0, threads)
         np.testing.assert_array_equal(residual.rows, ref)
         if has_before:
-            expected = naive.rms_norm(ref[:, :SIZE], before[:SIZE], EPS)
+            expected = naive_layers.rms_norm(ref[:, :SIZE], before[:SIZE], EPS)
             np.testing.assert_allclose(out.values[:, :SIZE], expected, rtol=3e-6)
         else:
             np.testing.assert_array_equal(out.values, ref)

@@ -14,8 +14,8 @@ from dllama_mpi.kernels.quantize import (
     unpack_tiles,
     update_row_scales,
 )
-from tests import naive
-from tests.naive import Bytes, Doubles, Floats, Ints
+from tests import naive_formats
+from tests.naive_numbers import Bytes, Doubles, Floats, Ints
 from tests.unit.kernel_inputs import packed, random, unpacked
 
 
@@ -79,7 +79,7 @@ def test_row_scales_of_parts_are_those_of_the_whole(fmt: str) -> None:
         columns = np.ascontiguousarray(matrix[:, start : start + 64])
         update_row_scales(FORMATS[fmt], columns[:10], scales)
         update_row_scales(FORMATS[fmt], columns[10:], scales[10:])
-    np.testing.assert_array_equal(scales, naive.row_scales(matrix, fmt))
+    np.testing.assert_array_equal(scales, naive_formats.row_scales(matrix, fmt))
     assert scales[5] == 0
 
 
@@ -141,7 +141,7 @@ def test_given_codes_with_float16_scales(fmt: str, apart: int) -> None:
     codes, scales = nibbles(1), random(2, ROWS_HERE, BLOCKS).astype(np.float16)
     tiles = empty(fmt)
     pack_codes(two_a_byte(codes, apart), (scales,), tiles, apart)
-    numbers = codes - 8 if fmt == "q40" else naive.IQ4NL[codes]
+    numbers = codes - 8 if fmt == "q40" else naive_formats.IQ4NL[codes]
     np.testing.assert_array_equal(values_of(tiles, fmt), scales.astype(np.float32)[:, :, None] * numbers)
 
 
@@ -168,7 +168,7 @@ def test_given_mxfp4_blocks_are_exact(apart: int, cols: tuple[int, int]) -> None
     blocks = slice(cols[0] // BLOCK, -(-cols[1] // BLOCK))
     tiles, scales = empty("mxfp4", blocks.stop - blocks.start), np.full(2 * ROWS, 7, np.float32)
     pack_mxfp4(two_a_byte(codes, apart), exponents, cols, tiles, scales, apart)
-    exact = np.ldexp(naive.E2M1[codes], exponents[:, :, None])[:, blocks]
+    exact = np.ldexp(naive_formats.E2M1[codes], exponents[:, :, None])[:, blocks]
     np.testing.assert_array_equal(values_of(tiles, "mxfp4", scales), exact.astype(np.float32))
     whole = np.full(2 * ROWS, 7, np.float32)
     pack_mxfp4(two_a_byte(codes, apart), exponents, (0, 96), empty("mxfp4"), whole, apart)

@@ -15,8 +15,8 @@ from dllama_mpi.engine.sampler import WANTED, choose, wanted
 from dllama_mpi.engine.step import ROW
 from dllama_mpi.errors import RequestError
 from dllama_mpi.kernels.sampling import log_sum_exp
-from tests import naive
-from tests.naive import Floats
+from tests import naive_sampling
+from tests.naive_numbers import Floats
 from tests.tiers import slow
 
 VOCAB = 200
@@ -76,11 +76,11 @@ def is_covered(logits: Floats, floor: float, params: SamplingParams, value: floa
     if params.temperature == 0 or params.top_k or floor == -math.inf:
         return True
     above = int((logits > floor).sum())
-    plain = naive.distribution(logits, params.temperature)
+    plain = naive_sampling.distribution(logits, params.temperature)
     if params.top_p < 1:
         return sum(p for _, p in plain[:above]) >= params.top_p
     if params.min_p > 0:
-        return above >= len(naive.distribution(logits, params.temperature, min_p=params.min_p))
+        return above >= len(naive_sampling.distribution(logits, params.temperature, min_p=params.min_p))
     return value < sum(p for _, p in plain[:above])
 
 
@@ -95,10 +95,10 @@ def test_choice_from_the_whole_vocabulary(filters: dict[str, Any]) -> None:
     for temperature in temperatures(filters):
         params = SamplingParams(**{"temperature": temperature} | filters)
         for logits in samples(2):
-            choices = naive.distribution(logits, **{"temperature": temperature} | filters)
+            choices = naive_sampling.distribution(logits, **{"temperature": temperature} | filters)
             everything = whole(logits, temperature)
             for value in [0.0, *rng.random(20).tolist(), 0.9999]:
-                assert choose(everything, params, value) == naive.choose(choices, value)
+                assert choose(everything, params, value) == naive_sampling.choose(choices, value)
 
 
 @every_filter
@@ -151,7 +151,7 @@ def test_a_low_temperature_is_nearly_greedy_and_a_high_one_nearly_uniform() -> N
 def test_candidates_know_their_probabilities(temperature: float) -> None:
     logits = samples(6)[3]
     merged = candidates(logits, (0, 70, 200), 10, temperature)
-    ref = dict(naive.distribution(logits, temperature))
+    ref = dict(naive_sampling.distribution(logits, temperature))
     got = np.exp(merged.logits / temperature - merged.log_sum)
     np.testing.assert_allclose(got, [ref[i] for i in merged.ids.tolist()], rtol=1e-5, atol=1e-30)
 
@@ -165,7 +165,7 @@ def test_sampled_tokens_have_the_softmax_distribution(filters: dict[str, Any]) -
     rng = np.random.default_rng(7)
     logits = rng.standard_normal(16).astype(np.float32)
     params, draws = SamplingParams(**filters), 8000
-    expected = dict(naive.distribution(logits, **{"temperature": 1.0} | filters))
+    expected = dict(naive_sampling.distribution(logits, **{"temperature": 1.0} | filters))
     few = candidates(logits, (0, 5, 16), wanted(params, 4), params.temperature)
     everything = whole(logits, params.temperature)
     counts = dict.fromkeys(expected, 0)
@@ -258,7 +258,7 @@ def test_penalties(cuts: tuple[int, ...], repeat: float, presence: float, freque
         got = logits.copy()
         for a, b in pairwise(cuts):
             penalise(got[a:b], one, history, a)
-        ref = naive.penalised(logits, history.tolist(), prompt, repeat, presence, frequency)
+        ref = naive_sampling.penalised(logits, history.tolist(), prompt, repeat, presence, frequency)
         np.testing.assert_allclose(got, ref, rtol=1e-6, atol=1e-6)
 
 

@@ -34,8 +34,9 @@ from dllama_mpi.weights.slices import (
 )
 from dllama_mpi.weights.source import WeightSource
 from dllama_mpi.weights.tiles import TileMatrix, load_matrix, load_vector
-from tests.tiny_models import CASES, write_model
-from tests.unit.test_convert import convert_folder
+from tests.tiny_models.cases import CASES
+from tests.tiny_models.files import write_model
+from tests.unit.conversions import convert_folder
 
 SPLITS = ((1.0,), (1.0, 5.0, 2.0))
 SHARES = (1.0, 5.0, 2.0)

@@ -19,9 +19,10 @@ from dllama_mpi.engine.request import SamplingParams
 from dllama_mpi.engine.stats import Stats
 from dllama_mpi.errors import UsageError
 from dllama_mpi.parallel.group import TensorParallelGroup
-from tests import naive
+from tests import naive_sampling
 from tests.tiers import all_but
-from tests.tiny_models import CASES, write_model
+from tests.tiny_models.cases import CASES
+from tests.tiny_models.files import write_model
 
 REPEATS = "   If the string is not found, the string is returned.\n\n" * 6
 SAMPLERS: tuple[dict[str, Any], ...] = (
@@ -227,7 +228,7 @@ def exact(llm: LLM, prompt: list[int], length: int, filters: dict[str, Any]) -> 
         for text, p in texts.items():
             logits = llm.logits([*prompt, *text])
             assert logits is not None
-            for token, q in naive.distribution(logits[-1], **filters):
+            for token, q in naive_sampling.distribution(logits[-1], **filters):
                 longer[(*text, token)] = p * q
         texts = longer
     return texts

@@ -18,7 +18,7 @@ from dllama_mpi.kernels import runtime
 from dllama_mpi.kernels.delta_net import DeltaNet, DeltaNetShape, DeltaNetState, delta_net_mix
 from dllama_mpi.kernels.short_conv import Runs, ShortConv, find_runs, short_conv_mix
 from tests import naive_state
-from tests.naive import Doubles, Floats
+from tests.naive_numbers import Doubles, Floats
 
 Steps = list[list[tuple[int, int]]]
 

@@ -40,7 +40,9 @@ from dllama_mpi.model.recipe import (
 from dllama_mpi.model.rope import RopeConfig
 from dllama_mpi.model.tensors import HEAD, TABLE, Cut, Kind, Part, TensorSpec, axes, part, tensors
 from dllama_mpi.parallel.partition import Range, Shard, shards
-from tests.tiny_models import CASES, Case, tensor_specs
+from tests.tiny_models.case import Case
+from tests.tiny_models.cases import CASES
+from tests.tiny_models.tensors import tensor_specs
 
 # --------------------------------------------------------------------------------------------------------------------
 # Any config

@@ -14,8 +14,8 @@ from dllama_mpi.weights import tiles as tiles_module
 from dllama_mpi.weights.checkpoint import Checkpoint
 from dllama_mpi.weights.source import Range, TileTensor
 from dllama_mpi.weights.tiles import TileMatrix, load_vector
-from tests import naive
-from tests.naive import Floats
+from tests import naive_formats
+from tests.naive_numbers import Floats
 from tests.unit.small_files import (
     SHAPE,
     every_dtype,
@@ -41,9 +41,9 @@ def assert_is(got: TileMatrix, rows: Floats, cols: Range, fmt: str) -> None:
     assert (got.rows, got.cols, got.format) == (len(rows), cols[1] - cols[0], FORMATS[fmt])
     assert got.tiles.shape == (1, *FORMATS[fmt].shape(got.rows, got.cols))
     if rows.size and got.cols:
-        np.testing.assert_array_equal(got.tiles[0], naive.pack(rows, fmt)[:, cols[0] // 32 : -(-cols[1] // 32)])
+        np.testing.assert_array_equal(got.tiles[0], naive_formats.pack(rows, fmt)[:, cols[0] // 32 : -(-cols[1] // 32)])
         np.testing.assert_array_equal(got.row_scales[0], scales_of(rows, fmt))
-        np.testing.assert_array_equal(got.to_float32(), naive.as_stored(rows, fmt)[:, slice(*cols)])
+        np.testing.assert_array_equal(got.to_float32(), naive_formats.as_stored(rows, fmt)[:, slice(*cols)])
 
 
 @every_dtype
@@ -95,7 +95,7 @@ def test_converted_matrices_in_another_format(tmp_path: Path) -> None:
         source = tile_folder(tmp_path / held, values, held)
         for fmt in FORMATS:
             for rows, cols in (((0, 51), (0, 96)), ((5, 41), (32, 96)), ((16, 48), (0, 32))):
-                part = (values if fmt == held else naive.as_stored(values, held))[slice(*rows)]
+                part = (values if fmt == held else naive_formats.as_stored(values, held))[slice(*rows)]
                 assert_is(load(source, SHAPE, rows, cols, fmt), part, cols, fmt)
 
 

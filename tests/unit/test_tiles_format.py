@@ -9,8 +9,8 @@ import pytest
 
 from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS, ceil_div, ceil_to
 from dllama_mpi.kernels.quantize import pack_tiles
-from tests import naive
-from tests.naive import Bytes, Floats
+from tests import naive_formats, naive_numbers
+from tests.naive_numbers import Bytes, Floats
 
 SCALES = np.float32(2.0) ** np.arange(-6, 10, dtype=np.float32)  # one a row, exact in float16
 
@@ -33,9 +33,9 @@ def halves(data: Bytes) -> list[float]:
     + [("q80", 544, 8.5), ("f16", 1024, 16), ("f32", 2048, 32)],
 )
 def test_sizes(fmt: str, tile_bytes: int, bits: float) -> None:
-    assert (ROWS, BLOCK) == (naive.ROWS, naive.BLOCK) == (16, 32)
+    assert (ROWS, BLOCK) == (naive_formats.ROWS, naive_formats.BLOCK) == (16, 32)
     assert FORMATS[fmt].name == fmt
-    assert FORMATS[fmt].tile_bytes == naive.TILE_BYTES[fmt] == tile_bytes
+    assert FORMATS[fmt].tile_bytes == naive_formats.TILE_BYTES[fmt] == tile_bytes
     assert FORMATS[fmt].bits == bits
     assert FORMATS[fmt].shape(17, 32) == (2, 1, tile_bytes)
     assert FORMATS[fmt].shape(16, 33) == (1, 2, tile_bytes)
@@ -100,12 +100,12 @@ def test_q80_block_by_hand() -> None:
 
 def test_fma_of_the_twins_rounds_once() -> None:
     x = np.float32(1 + 2**-12)
-    assert naive.fma(x, x, np.float32(-1)) == 2**-11 + 2**-24
+    assert naive_numbers.fma(x, x, np.float32(-1)) == 2**-11 + 2**-24
     # 1 + 2^-24 is half way between float32 neighbours; what lies beyond in the product must decide, not be lost.
     y = np.float32(2**-24) * np.float32(1 + 2**-23)
-    assert naive.fma(y, np.float32(1 + 2**-23), np.float32(1)) == np.float32(1 + 2**-23)
-    assert naive.fma(y, np.float32(1 - 2**-22), np.float32(1)) == 1
-    assert naive.fma(np.float32(2**-40), np.float32(2**-45), np.float32(1 + 2**-23)) == np.float32(1 + 2**-23)
+    assert naive_numbers.fma(y, np.float32(1 + 2**-23), np.float32(1)) == np.float32(1 + 2**-23)
+    assert naive_numbers.fma(y, np.float32(1 - 2**-22), np.float32(1)) == 1
+    assert naive_numbers.fma(np.float32(2**-40), np.float32(2**-45), np.float32(1 + 2**-23)) == np.float32(1 + 2**-23)
 
 
 @pytest.mark.parametrize("name", FORMATS)

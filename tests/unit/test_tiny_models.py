@@ -14,21 +14,11 @@ from safetensors import safe_open
 from tests import sparse_tensors
 from tests.all_cases import ALL_CASES
 from tests.tiny_dense import DENSE_ABLATIONS, DENSE_CASES
-from tests.tiny_models import (
-    CASES,
-    GREEDY_TOKENS,
-    REFERENCE_FOLDER,
-    Case,
-    fingerprint,
-    from_bfloat16,
-    head_dim,
-    load_reference,
-    tensor_specs,
-    tensors,
-    text_config,
-    to_bfloat16,
-    write_model,
-)
+from tests.tiny_models.case import Case
+from tests.tiny_models.cases import CASES
+from tests.tiny_models.files import write_model
+from tests.tiny_models.references import GREEDY_TOKENS, REFERENCE_FOLDER, fingerprint, load_reference
+from tests.tiny_models.tensors import from_bfloat16, head_dim, tensor_specs, tensors, text_config, to_bfloat16
 from tests.tiny_sparse import FILLED, SPARSE_ABLATIONS, SPARSE_CASES
 from tests.tiny_state import MTP_FAMILIES, STATE_ABLATIONS, STATE_CASES, STATE_FILLED
 
