@@ -50,6 +50,7 @@ def test_json(ranks: int) -> None:
     assert "\r" not in done.stderr  # no terminal, no progress
 
 
+@pytest.mark.slow  # kernels of its own
 def test_text_with_other_options() -> None:
     options = ["--weights", "q80", "--kv-type", "q80", "--buffer-float-type", "q80", "--split", "auto"]
     out = pool(2).run([*PLAN, "--random", "tiny", *options]).stdout
