@@ -1,0 +1,39 @@
+"""Calls between compiled functions, in a first process and in those that find some of them in the cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.mpi.launch import ROOT
+from tests.unit import compiled_functions
+
+WRITTEN = {"first": 7, "second": 70, "third": 700}
+
+
+def run(cache: Path, *functions: str) -> list[str]:
+    """Return what a process of its own prints."""
+    command = [sys.executable, "-m", "tests.unit.compiled_functions", *functions]
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(cache)}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+@pytest.mark.parametrize("order", [("first", "second", "third"), ("third", "first", "second")], ids=str)
+def test_what_is_called_is_found_from_the_cache(order: tuple[str, ...], tmp_path: Path) -> None:
+    """Also where a new function copies a cached one that calls another where it lies."""
+    for name in order:
+        assert run(tmp_path, name) == [str([WRITTEN[name]] * 3)]
+    assert run(tmp_path, *WRITTEN) == [str([value] * 3) for value in WRITTEN.values()]
+
+
+def test_python_may_call_what_has_no_wrapper() -> None:
+    numbers = np.arange(3.0)
+    compiled_functions.middle(numbers, 2)
+    np.testing.assert_array_equal(numbers, [2, 3, 4])
