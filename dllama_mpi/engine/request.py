@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,8 @@ class SamplingParams:
     stop: Seq[str] = ()
     seed: int | None = None
     ignore_eos: bool = False
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -123,3 +126,51 @@ class Sequence:
             piece += self.text.finish()
         self.pieces.append(piece)
         return piece
+
+
+class QueueFullError(RequestError):
+    """As many requests wait as may."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a consumer asks for; tokens only."""
+
+    token_ids: tuple[int, ...]
+    params: SamplingParams
+    stop_ids: frozenset[int]
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token's log-probability, and the best alternatives."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """A request's own figures."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    drafted: int
+    accepted: int
+    queued: float
+    first_token: float | None
+    last_token: float | None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step has given a request."""
+
+    id: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: str | None = None
+    stop_id: int | None = None
+    usage: RequestStats | None = None
