@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from starlette.types import ASGIApp
 
 from .. import __version__
 from . import status
+from .anthropic_schema import CountBody, MessagesBody
 from .chat import chat
 from .completions import completions
 from .errors import ApiError
 from .gate import Gate, GateOptions
 from .http import Call, Context, JSONAnswer, Route, endpoint
+from .messages import count_tokens, messages
 from .metrics import Metrics
 from .schema import ChatBody, CompletionBody, DetokenizeBody, TemplateBody, TokenizeBody
 from .served import State
@@ -35,6 +38,8 @@ async def openapi(call: Call) -> Response:
 ROUTES: tuple[Route, ...] = (
     Route("POST", "/v1/chat/completions", chat, "Answer a conversation", ChatBody),
     Route("POST", "/v1/completions", completions, "Continue texts", CompletionBody),
+    Route("POST", "/v1/messages", messages, "Answer a conversation as Anthropic's API does", MessagesBody),
+    Route("POST", "/v1/messages/count_tokens", count_tokens, "Count the tokens of a conversation", CountBody),
     Route("GET", "/v1/models", status.models, "List what is served"),
     Route("GET", "/v1/models/{name:path}", status.model, "Describe one model"),
     Route("GET", "/health", status.health, "Say whether all ranks are ready", is_open=True),
@@ -68,8 +73,6 @@ def build(state: State, metrics: Metrics, options: GateOptions) -> ASGIApp:
 
 
 def _with_open(options: GateOptions, paths: frozenset[str]) -> GateOptions:
-    from dataclasses import replace
-
     return replace(options, open_paths=options.open_paths | paths)
 
 
