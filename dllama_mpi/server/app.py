@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from starlette.routing import Route as Path_
 from starlette.types import ASGIApp
 
 from .. import __version__
-from . import status
+from . import responses, status
 from .anthropic_schema import CountBody, MessagesBody
 from .chat import chat
 from .completions import completions
@@ -26,6 +27,7 @@ from .gate import Gate, GateOptions
 from .http import Call, Context, JSONAnswer, Route, endpoint
 from .messages import count_tokens, messages
 from .metrics import Metrics
+from .responses_schema import ResponsesBody
 from .schema import ChatBody, CompletionBody, DetokenizeBody, TemplateBody, TokenizeBody
 from .served import State
 
@@ -40,6 +42,9 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/v1/completions", completions, "Continue texts", CompletionBody),
     Route("POST", "/v1/messages", messages, "Answer a conversation as Anthropic's API does", MessagesBody),
     Route("POST", "/v1/messages/count_tokens", count_tokens, "Count the tokens of a conversation", CountBody),
+    Route("POST", "/v1/responses", responses.create, "Make a response", ResponsesBody),
+    Route("GET", "/v1/responses/{id}", responses.retrieve, "Give a response that was remembered"),
+    Route("DELETE", "/v1/responses/{id}", responses.delete, "Forget a response"),
     Route("GET", "/v1/models", status.models, "List what is served"),
     Route("GET", "/v1/models/{name:path}", status.model, "Describe one model"),
     Route("GET", "/health", status.health, "Say whether all ranks are ready", is_open=True),
@@ -61,7 +66,7 @@ def fields_of(models: list[type[BaseModel]]) -> frozenset[str]:
 
 def build(state: State, metrics: Metrics, options: GateOptions) -> ASGIApp:
     """Return the application."""
-    context = Context(state, metrics)
+    context = Context(state, metrics, responses.Store())
     fields = fields_of([route.body for route in ROUTES if route.body is not None])
     paths = [Path_(route.path, endpoint(route, context, fields), methods=[route.method]) for route in ROUTES]
     app: ASGIApp = Starlette(routes=paths, exception_handlers={HTTPException: _not_found})
@@ -100,8 +105,11 @@ def document() -> dict[str, Any]:
         if route.body is not None:
             schema = refs[(route.body, "validation")]
             operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-        if "{name:path}" in route.path:
-            operation["parameters"] = [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]
+        names = [each.removesuffix(":path") for each in re.findall(r"{([^}]*)}", route.path)]
+        if names:
+            operation["parameters"] = [
+                {"name": each, "in": "path", "required": True, "schema": {"type": "string"}} for each in names
+            ]
         if not route.is_open:
             operation["security"] = [{}, {"key": []}]
         paths.setdefault(route.path.replace(":path", ""), {})[route.method.lower()] = operation

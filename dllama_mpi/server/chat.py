@@ -79,7 +79,7 @@ async def chat(call: Call) -> Response:
     body: ChatBody = call.body
     served, engine = call.context.state.ready()
     prepared = await asyncio.to_thread(prepare, served, body)
-    running = Running(served, engine, call.context.metrics, [prepared.ask])
+    running = Running(served, engine, [prepared.ask])
     answers = [Answer(served, prepared.style, i) for i in range(prepared.ask.n)]
     head = Head("chatcmpl-" + secrets.token_hex(12), int(time.time()), body.model or served.names[0])
     if body.stream:

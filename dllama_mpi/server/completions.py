@@ -51,7 +51,7 @@ async def completions(call: Call) -> Response:
     body: CompletionBody = call.body
     served, engine = call.context.state.ready()
     asks, echoes = await asyncio.to_thread(prepare, served, body)
-    running = Running(served, engine, call.context.metrics, asks)
+    running = Running(served, engine, asks)
     texts = [Text(served, echo) for echo in echoes for _ in range(body.n or 1)]
     head = Head("cmpl-" + secrets.token_hex(12), int(time.time()), body.model or served.names[0])
     if body.stream:

@@ -11,7 +11,6 @@ from ..errors import RequestError
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
 from .errors import ApiError, unavailable
-from .metrics import Metrics
 from .outbox import EngineLoop
 from .served import Served
 
@@ -165,8 +164,8 @@ class Running:
         ApiError: the engine does not take the requests, or, while iterating, the reader was too slow.
     """
 
-    def __init__(self, served: Served, engine: EngineLoop, metrics: Metrics, asks: Sequence[Ask]) -> None:
-        self.served, self._engine, self._metrics = served, engine, metrics
+    def __init__(self, served: Served, engine: EngineLoop, asks: Sequence[Ask]) -> None:
+        self.served, self._engine = served, engine
         self.usage = Usage(sum(len(ask.token_ids) for ask in asks))
         numbered = [(ask, number) for ask in asks for number in range(ask.n)]
         self.wants_tokens = any(ask.params.logprobs is not None for ask in asks)
@@ -185,7 +184,6 @@ class Running:
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         async for index, output in self._outbox:
-            self._metrics.take(output)
             piece = self._choices[index].take(output)
             if piece is None:  # what comes after a stop string
                 self.usage.add(replace(output, token_ids=()))

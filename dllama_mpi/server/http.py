@@ -34,6 +34,7 @@ class Context:
 
     state: State
     metrics: Metrics
+    store: Any = None  # of responses, see `responses.Store`
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ async def messages(call: Call) -> Response:
     body: MessagesBody = call.body
     served, engine = call.context.state.ready()
     prepared = await asyncio.to_thread(prepare, served, body)
-    running = Running(served, engine, call.context.metrics, [prepared.ask])
+    running = Running(served, engine, [prepared.ask])
     answer = Answer(served, prepared.style, 0)
     head = {"id": "msg_" + secrets.token_hex(12), "type": "message", "role": "assistant"}
     head["model"] = body.model or served.names[0]

@@ -32,11 +32,14 @@ class Metrics:
             "time_to_first_token_seconds", "From a request to its first token", buckets=_FIRST_TOKEN, **make  # type: ignore[arg-type]
         )  # fmt: skip
         self._gap = Histogram(
-            "inter_token_seconds", "From a token to the next, mean of a request", buckets=_GAP, **make  # type: ignore[arg-type]
+            "inter_token_seconds", "From a token of a request to the next", buckets=_GAP, **make  # type: ignore[arg-type]
         )  # fmt: skip
 
-    def take(self, output: Output) -> None:
-        """Count a request's last output."""
+    def observe(self, output: Output, seconds: float | None) -> None:
+        """Count an output; seconds: since the request's last one."""
+        if seconds is not None and output.token_ids:
+            for _ in output.token_ids:  # several come at once where drafts were right
+                self._gap.observe(seconds / len(output.token_ids))
         usage = output.usage
         if output.finish_reason is None or usage is None:
             return
@@ -51,8 +54,6 @@ class Metrics:
             counter.inc(value)
         if usage.first_token is not None:
             self._first.observe(usage.first_token - usage.queued)
-            if usage.last_token is not None and usage.output_tokens > 1:
-                self._gap.observe((usage.last_token - usage.first_token) / (usage.output_tokens - 1))
 
     def answered(self, status: int) -> None:
         """Count an HTTP response."""

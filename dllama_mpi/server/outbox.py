@@ -46,7 +46,7 @@ class Task:
     """A request that is unfinished, for /slots.
 
     Attributes:
-        started: as time.time() has it. output_tokens: so far.
+        started: as time.time() has it. output_tokens: so far. last: when its last output came, perf_counter seconds.
     """
 
     id: int
@@ -54,6 +54,7 @@ class Task:
     outbox: Outbox
     started: float = field(default_factory=time.time)
     output_tokens: int = 0
+    last: float | None = None
 
 
 class Outbox:
@@ -122,11 +123,14 @@ class Outbox:
 class EngineLoop:
     """Runs an engine in its own thread, which alone calls MPI, and hands outputs to a loop's outboxes.
 
-    Methods but `run` and `end` belong to the loop's thread.
+    Methods but `run` and `end` belong to the loop's thread. `observe` sees every output, with the seconds since the
+    request's last one (None for its first, and for those of a reader that has gone).
     """
 
-    def __init__(self, engine: EngineLike, loop: asyncio.AbstractEventLoop) -> None:
-        self.engine = engine
+    def __init__(
+        self, engine: EngineLike, loop: asyncio.AbstractEventLoop, observe: Callable[[Output, float | None], None]
+    ) -> None:
+        self.engine, self._observe = engine, observe
         self._loop = loop
         self._open: dict[int, Task] = {}
         self._ended = threading.Event()
@@ -160,9 +164,12 @@ class EngineLoop:
         return list(self._open.values())
 
     def _deliver(self, outputs: Sequence[Output]) -> None:
+        now = time.perf_counter()
         for output in outputs:
             task = self._open.get(output.id)
+            self._observe(output, None if task is None or task.last is None else now - task.last)
             if task is not None:
+                task.last = now
                 task.output_tokens += len(output.token_ids)
                 if output.finish_reason is not None:
                     del self._open[output.id]

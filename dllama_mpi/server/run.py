@@ -113,7 +113,7 @@ class HttpServer:
     def serve(self, engine: EngineLike, served: Served) -> None:
         """Run the engine for all requests until the server has been told to end, and has."""
         assert self._loop is not None
-        self._engine = EngineLoop(engine, self._loop)
+        self._engine = EngineLoop(engine, self._loop, self._metrics.observe)
         self._loop.call_soon_threadsafe(self._set_ready, served, self._engine)
         before = sys.getswitchinterval()
         sys.setswitchinterval(_SWITCH_SECONDS)
