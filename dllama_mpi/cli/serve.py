@@ -195,8 +195,18 @@ def _served(args: argparse.Namespace, llm: LLM) -> Served:
         defaults=sampling(args, llm.folder, None),
         tool_style=style_of(source) if args.tool_parser == "auto" else args.tool_parser,
         thinks="</think>" in source,
+        ranks=lambda: _ranks(llm),
         details=_details(args, llm),
     )
+
+
+def _ranks(llm: LLM) -> list[dict[str, Any]]:
+    """Return what each rank did since it was last asked."""
+    from ..engine.stats import Stats
+
+    stats = Stats()
+    llm.engine.times(stats, False)
+    return [report.to_dict() for report in stats.ranks]
 
 
 def _details(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:

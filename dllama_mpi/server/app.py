@@ -14,13 +14,16 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Mount
 from starlette.routing import Route as Path_
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from .. import __version__
 from . import responses, status
 from .anthropic_schema import CountBody, MessagesBody
 from .chat import chat
+from .cluster import ClusterView, cluster
 from .completions import completions
 from .errors import ApiError
 from .gate import Gate, GateOptions
@@ -30,6 +33,25 @@ from .metrics import Metrics
 from .responses_schema import ResponsesBody
 from .schema import ChatBody, CompletionBody, DetokenizeBody, TemplateBody, TokenizeBody
 from .served import State
+
+
+PAGE = Path(__file__).parent / "page"
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+    "Cache-Control": "no-cache",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class _Page(StaticFiles):
+    """The page's files; nothing else may be loaded into it."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """Return a file with the page's headers."""
+        answer = super().file_response(*args, **kwargs)
+        answer.headers.update(_PAGE_HEADERS)
+        return answer
 
 
 async def openapi(call: Call) -> Response:
@@ -54,6 +76,7 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "/apply-template", status.apply_template, "Render messages as the model reads them", TemplateBody),
     Route("GET", "/props", status.props, "Tell the server's properties"),
     Route("GET", "/slots", status.slots, "List the requests that are unfinished"),
+    Route("GET", "/cluster", cluster, "Tell what ranks and the engine are doing"),
     Route("GET", "/openapi.json", openapi, "Describe all routes", is_open=True),
 )
 
@@ -66,15 +89,21 @@ def fields_of(models: list[type[BaseModel]]) -> frozenset[str]:
 
 def build(state: State, metrics: Metrics, options: GateOptions) -> ASGIApp:
     """Return the application."""
-    context = Context(state, metrics, responses.Store())
+    context = Context(state, metrics, responses.Store(), ClusterView())
     fields = fields_of([route.body for route in ROUTES if route.body is not None])
     paths = [Path_(route.path, endpoint(route, context, fields), methods=[route.method]) for route in ROUTES]
-    app: ASGIApp = Starlette(routes=paths, exception_handlers={HTTPException: _not_found})
-    opened = frozenset(route.path for route in ROUTES if route.is_open)
+    page = Mount("/", _Page(directory=PAGE, html=True))
+    app: ASGIApp = Starlette(routes=[*paths, page], exception_handlers={HTTPException: _not_found})
+    opened = frozenset(route.path for route in ROUTES if route.is_open) | page_paths()
     gate = Gate(app, _with_open(options, opened), metrics.answered)
     if not options.origins:
         return gate
     return CORSMiddleware(gate, allow_origins=options.origins, allow_methods=["*"], allow_headers=["*"])
+
+
+def page_paths() -> frozenset[str]:
+    """Return the paths of the page's files: whoever has no key may see it, and give one there."""
+    return frozenset({"/", *(f"/{each.name}" for each in PAGE.iterdir())})
 
 
 def _with_open(options: GateOptions, paths: frozenset[str]) -> GateOptions:
@@ -126,4 +155,3 @@ def document() -> dict[str, Any]:
     }
 
 
-PAGE = Path(__file__).parent / "page"

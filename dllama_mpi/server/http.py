@@ -35,6 +35,7 @@ class Context:
     state: State
     metrics: Metrics
     store: Any = None  # of responses, see `responses.Store`
+    cluster: Any = None  # see `cluster.ClusterView`
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ..engine.request import Output, Request
 from .errors import ApiError, unavailable
 
+T = TypeVar("T")
 MOST_HELD = 4096  # outputs that wait for a reader; one that is further behind is cancelled
 _IDLE_SECONDS = 0.5  # how long the engine sleeps before it looks whether the server is to end
 
@@ -133,6 +135,7 @@ class EngineLoop:
         self.engine, self._observe = engine, observe
         self._loop = loop
         self._open: dict[int, Task] = {}
+        self._between: deque[Callable[[], None]] = deque()
         self._ended = threading.Event()
 
     def submit(self, requests: Sequence[Request]) -> Outbox:
@@ -180,6 +183,20 @@ class EngineLoop:
             task.outbox.fail(error)
         self._open.clear()
 
+    async def between(self, function: Callable[[], T]) -> T:
+        """Return what a function returns that the engine's thread calls between two steps."""
+        waiting: Future[T] = Future()
+
+        def call() -> None:
+            if waiting.set_running_or_notify_cancel():
+                try:
+                    waiting.set_result(function())
+                except Exception as error:
+                    waiting.set_exception(error)
+
+        self._between.append(call)
+        return await asyncio.wrap_future(waiting)
+
     def cancel_all(self) -> None:
         """Cancel every request; their outputs say so."""
         for id in list(self._open):
@@ -190,8 +207,10 @@ class EngineLoop:
         engine = self.engine
         try:
             while not (self._ended.is_set() and engine.is_idle):
-                if engine.is_idle:
+                if engine.is_idle and not self._between:
                     engine.wait(_IDLE_SECONDS)
+                while self._between:
+                    self._between.popleft()()
                 outputs = engine.step()
                 if outputs:
                     self._call(self._deliver, outputs)
