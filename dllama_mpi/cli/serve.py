@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     group = parser.add_argument_group("server")
     group.add_argument(
-        "--host", default="127.0.0.1", metavar="ADDRESS", help="where to listen; 0.0.0.0: everywhere (default: 127.0.0.1)"
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen; 0.0.0.0: everywhere (default: 127.0.0.1)",
     )
     group.add_argument("--port", type=number(int, 0, 65535), default=9990, help="port (default: 9990; 0: a free one)")
     group.add_argument(

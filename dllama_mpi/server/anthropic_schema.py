@@ -67,7 +67,7 @@ class CountBody(Body):
     model: str | None = None
     messages: list[Turn] = Field(min_length=1)
     system: str | list[Block] | None = None
-    tools: list[OfferedTool] | None = Field(None, max_length=256)
+    tools: list[OfferedTool] | None = Field(default=None, max_length=256)
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
 
@@ -78,6 +78,6 @@ class MessagesBody(CountBody):
     max_tokens: int = Field(ge=1)
     stop_sequences: Annotated[list[StopString], Field(max_length=32)] | None = None
     stream: bool | None = None
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)

@@ -34,7 +34,6 @@ from .responses_schema import ResponsesBody
 from .schema import ChatBody, CompletionBody, DetokenizeBody, TemplateBody, TokenizeBody
 from .served import State
 
-
 PAGE = Path(__file__).parent / "page"
 _PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
@@ -153,5 +152,3 @@ def document() -> dict[str, Any]:
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
-
-

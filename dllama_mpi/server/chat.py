@@ -13,8 +13,8 @@ from starlette.responses import Response
 
 from .errors import ApiError
 from .generation import Ask, Running, Token, special_ids
-from .http import Call, EventStream, JSONAnswer, dumps, event, unless_gone
-from .parsing import AnswerParser, CallArguments, CallStart, Content, Event, Reasoning, Style
+from .http import Call, EventStream, JSONAnswer, event, unless_gone
+from .parsing import AnswerParser, CallStart, Content, Event, Reasoning, Style
 from .schema import ChatBody, NamedTool, Tool
 from .served import Served
 
@@ -64,9 +64,7 @@ def _refuse_what_is_missing(body: ChatBody) -> None:
     if body.grammar:
         raise ApiError(400, "grammar is not supported by this server", param="grammar")
     if body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool):
-        raise ApiError(
-            400, "tool_choice: this server cannot force a call; use auto or none", param="tool_choice"
-        )
+        raise ApiError(400, "tool_choice: this server cannot force a call; use auto or none", param="tool_choice")
 
 
 def offered(tools: Sequence[Tool] | None, choice: Any) -> list[Tool] | None:

@@ -188,8 +188,8 @@ def endpoint(route: Route, context: Context, fields: frozenset[str]) -> Callable
             return Response(status_code=499)  # read by nobody
         except Exception:
             say(traceback.format_exc().rstrip())
-            error = ApiError(500, "the server has failed; its log says how")
-            return JSONAnswer(error.body(route.path), 500)
+            failure = ApiError(500, "the server has failed; its log says how")
+            return JSONAnswer(failure.body(route.path), 500)
 
     return call
 

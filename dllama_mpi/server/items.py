@@ -7,7 +7,10 @@ from typing import Any
 
 from .parsing import CallArguments, CallStart, Content, Event, Reasoning
 
-_TEXTS = {"message": ("output_text", "response.output_text"), "reasoning": ("reasoning_text", "response.reasoning_text")}
+_TEXTS = {
+    "message": ("output_text", "response.output_text"),
+    "reasoning": ("reasoning_text", "response.reasoning_text"),
+}
 
 
 class Items:
@@ -45,13 +48,16 @@ class Items:
         told: list[tuple[str, dict[str, Any]]] = []
         if not self._is_open or self.output[-1]["type"] != kind:
             told += self.close()
-            item = {"type": kind, "id": _id("msg" if kind == "message" else "rs"), "content": []}
-            told += self._open(item | ({"role": "assistant"} if kind == "message" else {"summary": []}))
-            part = {"type": part_type, "text": ""} | ({"annotations": [], "logprobs": []} if kind == "message" else {})
+            item: dict[str, Any] = {"type": kind, "id": _id("msg" if kind == "message" else "rs"), "content": []}
+            more: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
+            told += self._open({**item, **more})
+            part: dict[str, Any] = {"type": part_type, "text": ""} | (
+                {"annotations": [], "logprobs": []} if kind == "message" else {}
+            )
             self.output[-1]["content"].append(part)
             told.append(("response.content_part.added", {**self._place(), "content_index": 0, "part": dict(part)}))
         self.output[-1]["content"][0]["text"] += text
-        logprobs = {"logprobs": []} if kind == "message" else {}
+        logprobs: dict[str, Any] = {"logprobs": []} if kind == "message" else {}
         return [*told, (f"{name}.delta", {**self._place(), "content_index": 0, "delta": text, **logprobs})]
 
     def _arguments(self, each: CallArguments) -> list[tuple[str, dict[str, Any]]]:
@@ -71,7 +77,7 @@ class Items:
             told.append(("response.function_call_arguments.done", done))
         else:
             name, part = _TEXTS[item["type"]][1], item["content"][0]
-            logprobs = {"logprobs": []} if item["type"] == "message" else {}
+            logprobs: dict[str, Any] = {"logprobs": []} if item["type"] == "message" else {}
             told.append((f"{name}.done", {**place, "content_index": 0, "text": part["text"], **logprobs}))
             told.append(("response.content_part.done", {**place, "content_index": 0, "part": dict(part)}))
         return [*told, ("response.output_item.done", {"output_index": self._at, "item": _copy(item)})]

@@ -68,9 +68,7 @@ def _result(block: Block) -> Message:
 
 def _tool(tool: OfferedTool) -> Tool:
     schema = tool.input_schema if tool.input_schema is not None else {"type": "object"}
-    return Tool(
-        type="function", function=FunctionTool(name=tool.name, description=tool.description, parameters=schema)
-    )
+    return Tool(type="function", function=FunctionTool(name=tool.name, description=tool.description, parameters=schema))
 
 
 def _variables(body: CountBody) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What an answer is made of, parsed while it streams: reasoning, content, tool calls.
 
 Tool calls come in the styles of Hermes and Qwen (`<tool_call>{...}</tool_call>`), Llama 3 (the answer is
-`{"name": ..., "parameters": ...}`, perhaps after `<|python_tag|>`) and Mistral (`[TOOL_CALLS]` and a list, or a name and
-`[ARGS]`).
+`{"name": ..., "parameters": ...}`, perhaps after `<|python_tag|>`) and Mistral (`[TOOL_CALLS]` and a list, or a name
+and `[ARGS]`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ except ImportError:  # the parser in C is not there
 def timed_protocol(seconds: float) -> type[asyncio.Protocol]:
     """Return the protocol class that closes a connection whose request's head takes longer than this."""
 
-    class TimedProtocol(Base):  # type: ignore[misc, valid-type]
+    class TimedProtocol(Base):
         _limit: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:

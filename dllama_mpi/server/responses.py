@@ -35,7 +35,9 @@ class Kept:
     @property
     def size(self) -> int:
         """About how many bytes it takes."""
-        return 2000 + sum(400 + len(m.text) + sum(len(c.function.arguments) for c in m.tool_calls or ()) for m in self.messages)  # fmt: skip
+        return 2000 + sum(
+            400 + len(m.text) + sum(len(c.function.arguments) for c in m.tool_calls or ()) for m in self.messages
+        )
 
 
 @dataclass
@@ -108,7 +110,9 @@ def prepare(served: Served, body: ResponsesBody, before: list[Message]) -> Prepa
     """
     served.check_name(body.model)
     if body.text is not None and body.text.format is not None and body.text.format.type != "text":
-        raise ApiError(400, f"text.format: {body.text.format.type} is not supported by this server", param="text.format")
+        raise ApiError(
+            400, f"text.format: {body.text.format.type} is not supported by this server", param="text.format"
+        )
     if body.tool_choice == "required" or isinstance(body.tool_choice, NamedChoice):
         raise ApiError(400, "tool_choice: this server cannot force a call; use auto or none", param="tool_choice")
     messages = [*before, *conversation(body.input)]
@@ -117,7 +121,7 @@ def prepare(served: Served, body: ResponsesBody, before: list[Message]) -> Prepa
     system = [Message(role="system", content=body.instructions)] if body.instructions else []
     tools = offered([tool.as_tool() for tool in body.tools or ()], body.tool_choice)
     effort = body.reasoning.effort if body.reasoning is not None else None
-    variables = {} if effort is None else {"reasoning_effort": effort}
+    variables: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
     prompt = served.render([*system, *messages], tools, **variables)
     ids = served.encode(prompt, "input", is_rendered=True)
     sampling = Sampling(temperature=body.temperature, top_p=body.top_p)

@@ -22,7 +22,11 @@ class Item(Body):
 
     @model_validator(mode="after")
     def _is_whole(self) -> Item:
-        needed = {"message": ("role", "content"), "function_call": ("call_id", "name"), "function_call_output": ("call_id", "output")}  # fmt: skip
+        needed = {
+            "message": ("role", "content"),
+            "function_call": ("call_id", "name"),
+            "function_call_output": ("call_id", "output"),
+        }
         missing = [name for name in needed.get(self.type, ()) if getattr(self, name) is None]
         if missing:
             raise ValueError(f"an item of type {self.type} needs {missing[0]}")
@@ -68,10 +72,10 @@ class ResponsesBody(Body):
     previous_response_id: str | None = None
     store: bool | None = None
     stream: bool | None = None
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, ge=0, le=1)
-    max_output_tokens: int | None = Field(None, ge=1)
-    tools: list[ResponseTool] | None = Field(None, max_length=256)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    max_output_tokens: int | None = Field(default=None, ge=1)
+    tools: list[ResponseTool] | None = Field(default=None, max_length=256)
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None

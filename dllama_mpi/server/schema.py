@@ -31,19 +31,19 @@ class StreamOptions(Body):
 class Sampling(Body):
     """How tokens are chosen, in the names of OpenAI, llama.cpp and vLLM; None: the server's default."""
 
-    temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
-    min_p: float | None = Field(None, ge=0, le=1)
-    presence_penalty: float | None = Field(None, ge=-100, le=100)
-    frequency_penalty: float | None = Field(None, ge=-100, le=100)
-    repeat_penalty: float | None = Field(None, gt=0, lt=100)
-    repetition_penalty: float | None = Field(None, gt=0, lt=100)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    temperature: float | None = Field(default=None, ge=0, le=100)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    presence_penalty: float | None = Field(default=None, ge=-100, le=100)
+    frequency_penalty: float | None = Field(default=None, ge=-100, le=100)
+    repeat_penalty: float | None = Field(default=None, gt=0, lt=100)
+    repetition_penalty: float | None = Field(default=None, gt=0, lt=100)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     ignore_eos: bool | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=MOST_BIASES)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=MOST_BIASES)
     stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None = None
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: int | None = Field(default=None, ge=0)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -57,10 +57,10 @@ class Completing(Sampling):
     """What chat and text completions have in common."""
 
     model: str | None = None
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: int | None = Field(None, ge=-(2**31), lt=2**31)
+    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)
 
     @property
     def shows_usage(self) -> bool:
@@ -155,12 +155,12 @@ class ChatBody(Completing):
     """The body of /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=0)
+    max_completion_tokens: int | None = Field(default=None, ge=0)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
     grammar: str | None = None
-    tools: list[Tool] | None = Field(None, max_length=256)
+    tools: list[Tool] | None = Field(default=None, max_length=256)
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -177,9 +177,9 @@ class CompletionBody(Completing):
         | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
     )
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP_LOGPROBS)
     suffix: str | None = None
-    best_of: int | None = Field(None, ge=1)
+    best_of: int | None = Field(default=None, ge=1)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -187,8 +187,8 @@ class CompletionBody(Completing):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]  # the ids of one
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
 
 class TokenizeBody(Body):

@@ -1,7 +1,7 @@
 """An engine that says what it is told, so that routes can be tried without a model.
 
-A prompt that holds `<<text>>` is answered with that text, then a stop token; any other with the letters of the alphabet, on
-and on. `{{N ms}}` in the prompt has each token take that long.
+A prompt that holds `<<text>>` is answered with that text, then a stop token; any other with the letters of the
+alphabet, on and on. `{{N ms}}` in the prompt has each token take that long.
 """
 
 from __future__ import annotations
@@ -136,9 +136,15 @@ def main() -> None:
     server = HttpServer(ServeOptions(port=0, gate=gate, header_timeout=2, drain_timeout=5))
     server.start()
     served = Served(
-        ("demo", "other"), tokenizer, ChatTemplate.load(tokenizer), tokenizer.vocab_size, CONTEXT, SamplingParams(),
-        tool_style=style, thinks=True,
-    )  # fmt: skip
+        ("demo", "other"),
+        tokenizer,
+        ChatTemplate.load(tokenizer),
+        tokenizer.vocab_size,
+        CONTEXT,
+        SamplingParams(),
+        tool_style=style,
+        thinks=True,
+    )
     print(server.port, flush=True)
     server.serve(ScriptedEngine(tokenizer), served)
     server.close()

@@ -62,7 +62,14 @@ def test_keys(locked: Server) -> None:
 
 
 def test_host_and_origin(server: Server) -> None:
-    for host, status in (("localhost:1", 200), ("[::1]", 200), ("10.0.0.7", 200), ("here.local", 200), ("evil.example", 403), ("[", 403)):  # fmt: skip
+    for host, status in (
+        ("localhost:1", 200),
+        ("[::1]", 200),
+        ("10.0.0.7", 200),
+        ("here.local", 200),
+        ("evil.example", 403),
+        ("[", 403),
+    ):
         assert server.get("/health", headers={"Host": host}).status_code == status, host
     assert server.get("/health", headers={"Origin": "http://evil.example"}).status_code == 403
     own = {"Origin": server.url, "Host": f"127.0.0.1:{server.port}"}
@@ -91,13 +98,35 @@ def test_large_bodies(server: Server) -> None:
 @pytest.mark.parametrize(
     "body",
     [
-        b"", b"{", b"null", b"[]", b"5", b'"x"', b"\xff\xfe", b"{" * 100000, b"[" * 100000, b'{"messages": NaN}',
-        b'{"messages": [{"role": "user", "content": "\\ud800"}]}', b'{"messages": [{"role": "user", "content": "\\u0000"}], "max_tokens": 1}',
-        b'{"messages": 1e999}', b'{"max_tokens": 123456789012345678901234567890, "messages": [{"role": "user"}]}',
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"5",
+        b'"x"',
+        b"\xff\xfe",
+        b"{" * 100000,
+        b"[" * 100000,
+        b'{"messages": NaN}',
+        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"messages": [{"role": "user", "content": "\\u0000"}], "max_tokens": 1}',
+        b'{"messages": 1e999}',
+        b'{"max_tokens": 123456789012345678901234567890, "messages": [{"role": "user"}]}',
         json.dumps({"messages": [{"role": "user", "content": "x"}] * 2000}).encode(),
-        json.dumps({"messages": [{"role": "user", "content": "x", "tool_calls": [{"function": {"name": "f", "arguments": "[" * 5000}}]}], "max_tokens": 1}).encode(),
+        json.dumps(
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": "x",
+                        "tool_calls": [{"function": {"name": "f", "arguments": "[" * 5000}}],
+                    }
+                ],
+                "max_tokens": 1,
+            }
+        ).encode(),
     ],
-)  # fmt: skip
+)
 def test_bodies_that_are_none(server: Server, body: bytes) -> None:
     answer = server.post("/v1/chat/completions", body)
     assert answer.status_code in (200, 400)
@@ -110,22 +139,61 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
     max_leaves=8,
 )
-NAMES = (
-    "model messages prompt max_tokens max_completion_tokens temperature top_p top_k min_p n stream stream_options stop seed"
-    " logprobs top_logprobs logit_bias tools tool_choice echo suffix response_format chat_template_kwargs content tokens"
-    " system stop_sequences thinking input instructions"
-).split()
+NAMES = [
+    "model",
+    "messages",
+    "prompt",
+    "max_tokens",
+    "max_completion_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "n",
+    "stream",
+    "stream_options",
+    "stop",
+    "seed",
+    "logprobs",
+    "top_logprobs",
+    "logit_bias",
+    "tools",
+    "tool_choice",
+    "echo",
+    "suffix",
+    "response_format",
+    "chat_template_kwargs",
+    "content",
+    "tokens",
+    "system",
+    "stop_sequences",
+    "thinking",
+    "input",
+    "instructions",
+]
 POSTS = (
-    "/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens", "/v1/responses", "/tokenize", "/detokenize",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/responses",
+    "/tokenize",
+    "/detokenize",
     "/apply-template",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("path", POSTS)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.dictionaries(st.sampled_from(NAMES), JSON, min_size=1, max_size=3))
 def test_fuzzed_fields(server: Server, path: str, changes: dict[str, Any]) -> None:
-    good = {"messages": [{"role": "user", "content": "<<x>>"}], "prompt": "<<x>>", "max_tokens": 3, "content": "x", "input": "<<x>>"}
+    good = {
+        "messages": [{"role": "user", "content": "<<x>>"}],
+        "prompt": "<<x>>",
+        "max_tokens": 3,
+        "content": "x",
+        "input": "<<x>>",
+    }
     answer = server.post(path, {**good, "tokens": [1], **changes})
     assert answer.status_code in (200, 400, 404), answer.text
     if answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream"):
@@ -137,11 +205,15 @@ def test_fuzzed_fields(server: Server, path: str, changes: dict[str, Any]) -> No
 @pytest.mark.parametrize(
     "data",
     [
-        b"GARBAGE\r\n\r\n", b"\x00" * 100, b"GET / HTTP/9.9\r\n\r\n", b"GET /health HTTP/1.1\r\nHost: " + b"x" * 70000 + b"\r\n\r\n",
-        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"GARBAGE\r\n\r\n",
+        b"\x00" * 100,
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: " + b"x" * 70000 + b"\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+        b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
         b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n",
     ],
-)  # fmt: skip
+)
 def test_what_is_no_http(server: Server, data: bytes) -> None:
     with server.connect() as connection:
         connection.sendall(data)

@@ -77,9 +77,17 @@ def test_tools(client: anthropic.Anthropic, stream: bool) -> None:
 def test_results_of_tools_are_taken(client: anthropic.Anthropic) -> None:
     messages: Any = [
         *user("how is it?"),
-        {"role": "assistant", "content": [{"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Bern"}}]},
-        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "<<sunny>>"}]}]},
-    ]  # fmt: skip
+        {
+            "role": "assistant",
+            "content": [{"type": "tool_use", "id": "t1", "name": "weather", "input": {"city": "Bern"}}],
+        },
+        {
+            "role": "user",
+            "content": [
+                {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "<<sunny>>"}]}
+            ],
+        },
+    ]
     answer = client.messages.create(model="demo", max_tokens=50, messages=messages, tools=TOOLS)
     assert answer.content[0].model_dump()["text"] == "sunny"
 
@@ -107,8 +115,8 @@ def test_count(client: anthropic.Anthropic) -> None:
 def test_errors(server: Server, client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
         client.messages.create(model="demo", max_tokens=0, messages=user("x"))
+    image: Any = [{"type": "image", "source": {}}]
     with pytest.raises(anthropic.BadRequestError, match="image"):
-        image: Any = [{"type": "image", "source": {}}]
         client.messages.create(model="demo", max_tokens=1, messages=[{"role": "user", "content": image}])
     with pytest.raises(anthropic.NotFoundError):
         client.messages.create(model="claude", max_tokens=1, messages=user("x"))

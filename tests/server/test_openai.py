@@ -131,9 +131,7 @@ def test_several_choices(client: openai.OpenAI) -> None:
 
 
 def test_chat_logprobs(client: openai.OpenAI) -> None:
-    answer = client.chat.completions.create(
-        model="demo", messages=user("say <<hello>>"), logprobs=True, top_logprobs=2
-    )
+    answer = client.chat.completions.create(model="demo", messages=user("say <<hello>>"), logprobs=True, top_logprobs=2)
     found = answer.choices[0].logprobs
     assert found is not None
     assert found.content is not None
@@ -168,7 +166,9 @@ def test_completions_stream(client: openai.OpenAI) -> None:
 
 
 TOOLS: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
-CALLED = '<<I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Bern", "n": [1, {"a": "}"}]}}\n</tool_call>>>'
+CALLED = (
+    '<<I look.\n<tool_call>\n{"name": "weather", "arguments": {"city": "Bern", "n": [1, {"a": "}"}]}}\n</tool_call>>>'
+)
 
 
 def test_tool_call(client: openai.OpenAI) -> None:
@@ -234,7 +234,10 @@ def test_reasoning(client: openai.OpenAI) -> None:
         ({"messages": None}, "messages"),
         ({"messages": "hello"}, "messages"),
         ({"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content.0.type"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages.0.content.0.type",
+        ),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools.0.function"),
@@ -243,7 +246,7 @@ def test_reasoning(client: openai.OpenAI) -> None:
         ({"stream": "yes"}, "stream"),
         ({"model": 5}, "model"),
     ],
-)  # fmt: skip
+)
 def test_wrong_fields_are_named(client: openai.OpenAI, body: dict[str, Any], param: str) -> None:
     given = {"model": "demo", "messages": user("<<x>>"), **body}
     with pytest.raises(openai.BadRequestError) as caught:
@@ -256,9 +259,7 @@ def test_wrong_fields_are_named(client: openai.OpenAI, body: dict[str, Any], par
 
 def test_what_has_no_meaning_here_is_ignored(client: openai.OpenAI) -> None:
     more: Any = {"user": "me", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "no_such_field": [1]}
-    answer = client.post(
-        "/chat/completions", body={"model": "demo", "messages": user("<<x>>"), **more}, cast_to=object
-    )
+    answer = client.post("/chat/completions", body={"model": "demo", "messages": user("<<x>>"), **more}, cast_to=object)
     assert answer
 
 

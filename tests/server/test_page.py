@@ -59,7 +59,11 @@ def done(page: Any) -> None:
 
 
 def test_markdown_streams(page: Any) -> None:
-    send(page, "<<# Head\n\nSome **bold** and `code`, 1 < 2.\n\n- one\n- two\n\n```python\nprint('<b>')\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |>>")  # fmt: skip
+    send(
+        page,
+        "<<# Head\n\nSome **bold** and `code`, 1 < 2.\n\n- one\n- two\n\n"
+        "```python\nprint('<b>')\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |>>",
+    )
     expect = playwright.expect
     expect(last(page).locator("h3")).to_have_text("Head")
     expect(last(page).locator("strong")).to_have_text("bold")

@@ -43,11 +43,17 @@ def test_stream(client: openai.OpenAI) -> None:
     told = list(client.responses.create(model="demo", input="say <<hello>>", stream=True))
     names = [each.type for each in told]
     assert names[:4] == [
-        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
-    ]  # fmt: skip
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+    ]
     assert names[-4:] == [
-        "response.output_text.done", "response.content_part.done", "response.output_item.done", "response.completed",
-    ]  # fmt: skip
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
     assert [each.sequence_number for each in told] == list(range(len(told)))
     deltas = [each.delta for each in told if each.type == "response.output_text.delta"]
     assert "".join(deltas) == "hello"
@@ -99,11 +105,15 @@ def test_reasoning_and_length(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"input": 5}, "input"), ({"input": []}, "input"), ({"input": [{"type": "message", "role": "user"}]}, "input.0"),
-        ({"input": [{"type": "image"}]}, "input.0.type"), ({"input": "x", "text": {"format": {"type": "json_object"}}}, "text.format"),
-        ({"input": "x", "tool_choice": "required"}, "tool_choice"), ({"input": "x", "previous_response_id": "none"}, "previous_response_id"),
+        ({"input": 5}, "input"),
+        ({"input": []}, "input"),
+        ({"input": [{"type": "message", "role": "user"}]}, "input.0"),
+        ({"input": [{"type": "image"}]}, "input.0.type"),
+        ({"input": "x", "text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"input": "x", "tool_choice": "required"}, "tool_choice"),
+        ({"input": "x", "previous_response_id": "none"}, "previous_response_id"),
     ],
-)  # fmt: skip
+)
 def test_wrong_fields_are_named(client: openai.OpenAI, body: dict[str, Any], param: str) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.post("/responses", body=body, cast_to=object)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -25,30 +26,62 @@ CASES: list[tuple[str, str, str, str, list[tuple[str, Any]]]] = [
     # style, text, content, reasoning, calls
     ("hermes", "no call", "no call", "", []),
     ("hermes", "a <tool_ca", "a <tool_ca", "", []),
-    ("hermes", "1 < 2 {\"a\": 1}", "1 < 2 {\"a\": 1}", "", []),
+    ("hermes", '1 < 2 {"a": 1}', '1 < 2 {"a": 1}', "", []),
     (
         "hermes",
         f'Look.\n<tool_call>\n{{"name": "weather", "arguments": {ARGUMENTS}}}\n</tool_call>\n'
         '<tool_call>{"arguments": {}, "name": "time"}</tool_call>\n',
-        "Look.", "", [("weather", json.loads(ARGUMENTS)), ("time", {})],
+        "Look.",
+        "",
+        [("weather", json.loads(ARGUMENTS)), ("time", {})],
     ),
-    ("hermes", '<tool_call>{"name": "weather", "arguments": "{\\"a\\": 1}"}</tool_call> done', "done", "", [("weather", {"a": 1})]),
+    (
+        "hermes",
+        '<tool_call>{"name": "weather", "arguments": "{\\"a\\": 1}"}</tool_call> done',
+        "done",
+        "",
+        [("weather", {"a": 1})],
+    ),
     ("hermes", "<tool_call>{broken}</tool_call>", "{broken}</tool_call>", "", []),
     ("hermes", "<tool_call>none", "none", "", []),
     ("llama3", f'{{"name": "weather", "parameters": {ARGUMENTS}}}', "", "", [("weather", json.loads(ARGUMENTS))]),
-    ("llama3", '<|python_tag|>{"name": "weather", "parameters": {}}; {"name": "time", "parameters": {}}', "", "", [("weather", {}), ("time", {})]),
+    (
+        "llama3",
+        '<|python_tag|>{"name": "weather", "parameters": {}}; {"name": "time", "parameters": {}}',
+        "",
+        "",
+        [("weather", {}), ("time", {})],
+    ),
     ("llama3", '{"type": "function", "name": "time", "parameters": {"z": 1}}', "", "", [("time", {"z": 1})]),
     ("llama3", '{"name": "unknown", "parameters": {"z": 1}}', '{"name": "unknown", "parameters": {"z": 1}}', "", []),
     ("llama3", '{"some": "json"} and text', '{"some": "json"} and text', "", []),
     ("llama3", "plain text {", "plain text {", "", []),
-    ("mistral", f'[TOOL_CALLS] [{{"name": "weather", "arguments": {ARGUMENTS}}}, {{"name": "time", "arguments": {{}}}}]', "", "", [("weather", json.loads(ARGUMENTS)), ("time", {})]),
-    ("mistral", "Look. [TOOL_CALLS]weather[ARGS]{\"a\": 1}[TOOL_CALLS]time[CALL_ID]abc[ARGS]{}", "Look.", "", [("weather", {"a": 1}), ("time", {})]),
+    (
+        "mistral",
+        f'[TOOL_CALLS] [{{"name": "weather", "arguments": {ARGUMENTS}}}, {{"name": "time", "arguments": {{}}}}]',
+        "",
+        "",
+        [("weather", json.loads(ARGUMENTS)), ("time", {})],
+    ),
+    (
+        "mistral",
+        'Look. [TOOL_CALLS]weather[ARGS]{"a": 1}[TOOL_CALLS]time[CALL_ID]abc[ARGS]{}',
+        "Look.",
+        "",
+        [("weather", {"a": 1}), ("time", {})],
+    ),
     ("none", "<tool_call>{}</tool_call>", "<tool_call>{}</tool_call>", "", []),
     ("hermes", "<think>well, \n</think>\n\nyes", "yes", "well, \n", []),
-    ("hermes", '\n<think>a<tool_call></think>\n<tool_call>{"name": "time", "arguments": {}}</tool_call>', "", "a<tool_call>", [("time", {})]),
+    (
+        "hermes",
+        '\n<think>a<tool_call></think>\n<tool_call>{"name": "time", "arguments": {}}</tool_call>',
+        "",
+        "a<tool_call>",
+        [("time", {})],
+    ),
     ("none", "<think>never ends </thin", "", "never ends </thin", []),
     ("none", "a <think>b</think>", "a <think>b</think>", "", []),
-]  # fmt: skip
+]
 
 
 def read(parser: AnswerParser, pieces: list[str]) -> tuple[str, str, list[tuple[str, str]]]:
@@ -73,13 +106,36 @@ def test_cut_anyhow(
 ) -> None:
     cuts = sorted(data.draw(st.sets(st.integers(1, len(text) - 1), max_size=len(text))))
     bounds = [0, *cuts, len(text)]
-    pieces = [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(bounds)]
     found = read(AnswerParser(Style(style, NAMES, thinks=True)), pieces)
     assert found[:2] == (content, reasoning)
     assert [(name, json.loads(arguments)) for name, arguments in found[2]] == calls
 
 
-@given(st.lists(st.sampled_from(["<tool_call>", "</tool_call>", '{"name": "time", "arguments": {', "}", "<think>", "</think>", "[TOOL_CALLS]", "[", '"', "text", "\n", ";", "\\"]), max_size=12), st.sampled_from(["hermes", "llama3", "mistral", "none"]), st.booleans())  # fmt: skip
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                "<tool_call>",
+                "</tool_call>",
+                '{"name": "time", "arguments": {',
+                "}",
+                "<think>",
+                "</think>",
+                "[TOOL_CALLS]",
+                "[",
+                '"',
+                "text",
+                "\n",
+                ";",
+                "\\",
+            ]
+        ),
+        max_size=12,
+    ),
+    st.sampled_from(["hermes", "llama3", "mistral", "none"]),
+    st.booleans(),
+)
 def test_nothing_breaks_it(pieces: list[str], style: str, is_thinking: bool) -> None:
     read(AnswerParser(Style(style, NAMES, thinks=True, is_thinking=is_thinking)), pieces)
 
@@ -104,5 +160,8 @@ def test_thinking_that_the_prompt_has_opened() -> None:
 def test_style_of_templates() -> None:
     assert style_of("... <tool_call> ...") == "hermes"
     assert style_of("[AVAILABLE_TOOLS] [TOOL_CALLS]") == "mistral"
-    assert style_of('{"name": function name, "parameters": dict} <|eot_id|>'.replace("parameters", "parameters")) == "llama3"
+    assert (
+        style_of('{"name": function name, "parameters": dict} <|eot_id|>'.replace("parameters", "parameters"))
+        == "llama3"
+    )
     assert style_of("<|im_start|>") == "none"
