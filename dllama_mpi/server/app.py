@@ -13,10 +13,8 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Mount
+from starlette.responses import FileResponse, Response
 from starlette.routing import Route as Path_
-from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from .. import __version__
@@ -43,14 +41,9 @@ _PAGE_HEADERS = {
 }
 
 
-class _Page(StaticFiles):
-    """The page's files; nothing else may be loaded into it."""
-
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        """Return a file with the page's headers."""
-        answer = super().file_response(*args, **kwargs)
-        answer.headers.update(_PAGE_HEADERS)
-        return answer
+async def _page(request: Request) -> Response:
+    """Give a file of the page."""
+    return FileResponse(PAGE / (request.url.path.strip("/") or "index.html"), headers=_PAGE_HEADERS)
 
 
 async def openapi(call: Call) -> Response:
@@ -91,8 +84,8 @@ def build(state: State, metrics: Metrics, options: GateOptions) -> ASGIApp:
     context = Context(state, metrics, responses.Store(), ClusterView())
     fields = fields_of([route.body for route in ROUTES if route.body is not None])
     paths = [Path_(route.path, endpoint(route, context, fields), methods=[route.method]) for route in ROUTES]
-    page = Mount("/", _Page(directory=PAGE, html=True))
-    app: ASGIApp = Starlette(routes=[*paths, page], exception_handlers={HTTPException: _not_found})
+    paths += [Path_(path, _page, methods=["GET"]) for path in sorted(page_paths())]
+    app: ASGIApp = Starlette(routes=paths, exception_handlers={HTTPException: _not_found})
     opened = frozenset(route.path for route in ROUTES if route.is_open) | page_paths()
     gate = Gate(app, _with_open(options, opened), metrics.answered)
     if not options.origins:
