@@ -39,7 +39,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--port", type=number(int, 0, 65535), default=9990, help="port (default: 9990; 0: a free one)")
     group.add_argument(
-        "--max-batch", type=number(int, 1), default=8, metavar="N", help="requests that run at once (default: 8)"
+        "--max-batch", type=number(int, 1), default=16, metavar="N", help="requests that run at once (default: 16)"
+    )
+    group.add_argument(
+        "--max-queue",
+        type=number(int, 1),
+        default=256,
+        metavar="N",
+        help="requests that may wait; more are told to come back (default: 256)",
+    )
+    group.add_argument(
+        "--max-step-ms",
+        type=number(float, 0, above=True),
+        default=250.0,
+        metavar="MS",
+        help="how long a step may take while prompts are read beside running answers (default: 250)",
     )
     group.add_argument(
         "--alias", action="append", default=[], metavar="NAME",
@@ -104,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
             server = _listen(args)
             server.start()
     try:
-        llm = load(args, group, args.max_batch)
+        llm = load(args, group, args.max_batch, max_queue=args.max_queue, max_step_ms=args.max_step_ms, responsive=True)
         with group.together():
             served = _served(args, llm) if group.is_root else None
         with _left_to_root(group), llm.session() as leads:

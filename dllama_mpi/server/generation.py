@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..engine.request import Output, Request, RequestStats, SamplingParams
-from ..errors import RequestError
+from ..errors import QueueFull, RequestError
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
 from .errors import ApiError, unavailable
@@ -202,7 +202,7 @@ class Running:
 
 def _refused(error: RequestError) -> ApiError:
     """Return the engine's refusal as clients get it."""
-    if type(error).__name__.startswith("QueueFull"):
+    if isinstance(error, QueueFull):
         return unavailable(str(error))
     return ApiError(400, str(error))
 

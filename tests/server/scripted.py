@@ -16,7 +16,7 @@ from pathlib import Path
 
 import dllama_mpi
 from dllama_mpi.engine.request import Output, Request, RequestStats, SamplingParams, TokenLogprobs
-from dllama_mpi.errors import RequestError
+from dllama_mpi.errors import QueueFull
 from dllama_mpi.text.chat_template import ChatTemplate
 from dllama_mpi.text.tokenizer import Tokenizer
 
@@ -24,10 +24,6 @@ DEMO = Path(dllama_mpi.__file__).parent / "demo"
 CONTEXT = 4096
 MOST_WAITING = 64
 ENDLESS = "abcdefghijklmnopqrstuvwxyz "
-
-
-class QueueFullError(RequestError):
-    """As many requests wait as may."""
 
 
 @dataclass
@@ -67,7 +63,7 @@ class ScriptedEngine:
         script = deque(self._tokenizer.encode(found[-1] if found else ENDLESS, add_special_tokens=False))
         with self._lock:
             if len(self._tasks) >= MOST_WAITING:
-                raise QueueFullError(f"{MOST_WAITING} requests wait already; try again")
+                raise QueueFull(f"{MOST_WAITING} requests wait already; try again")
             self._next += 1
             seconds = int(slow[-1]) / 1e3 if slow else 0.0
             self._tasks[self._next] = _Task(self._next, request, script, not found, seconds)
@@ -118,7 +114,7 @@ class ScriptedEngine:
     def _usage(self, task: _Task) -> RequestStats:
         now = time.perf_counter()
         count = len(task.request.token_ids)
-        return RequestStats(count, count // 2, task.told, 0, 0, task.queued, task.first, now)
+        return RequestStats(count, count // 2, task.told, 0, 0, 0, task.queued, task.first, now)
 
     def snapshot(self) -> dict[str, int]:
         return {"running": len(self._tasks), "waiting": 0, "most_running": self.most}
