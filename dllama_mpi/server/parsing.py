@@ -24,6 +24,7 @@ _MARKS = {
     "llama3": ("<|python_tag|>",),
 }
 _CLOSERS = {"hermes": "</tool_call>", "mistral": "]"}
+_UNMARKED = ("llama3", "hermes")  # an answer that is such an object is a call; small Qwen models forget the marks
 _LONGEST_NAME = 300  # characters before a call's arguments
 _SEPARATORS = {"hermes": "", "llama3": ";,", "mistral": ","}
 _NAMED_ARGUMENTS = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\])?\s*(?=\{)")
@@ -133,7 +134,7 @@ class AnswerParser:
             return False
         if self._thinks and text.startswith(THINK):
             self._buffer, self._step = text[len(THINK) :], self._think
-        elif self._tools == "llama3" and text.startswith("{"):
+        elif self._tools in _UNMARKED and text.startswith("{"):
             self._buffer, self._is_marked, self._step = text, False, self._call
         else:
             self._step = self._text
@@ -226,7 +227,7 @@ class AnswerParser:
         if closer is not None and text.startswith(closer):
             self._buffer = text[len(closer) :]
             return True
-        opens = text.startswith("{") and self._tools != "hermes"
+        opens = text.startswith("{") and (self._tools != "hermes" or not self._is_marked)
         self._step = self._call if opens else self._text
         return True
 

@@ -180,6 +180,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
+        listener.listen(_MOST_CONNECTIONS)
     except OSError as error:
         said = error.strerror or str(error)
         raise UsageError(f"cannot listen on {host} port {port}: {said}; choose another by --host and --port") from None

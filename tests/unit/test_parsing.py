@@ -42,6 +42,8 @@ CASES: list[tuple[str, str, str, str, list[tuple[str, Any]]]] = [
         "",
         [("weather", {"a": 1})],
     ),
+    ("hermes", '{"name": "time", "arguments": {"a": 1}}', "", "", [("time", {"a": 1})]),
+    ("hermes", '{"name": "unknown", "arguments": {}}', '{"name": "unknown", "arguments": {}}', "", []),
     ("hermes", "<tool_call>{broken}</tool_call>", "{broken}</tool_call>", "", []),
     ("hermes", "<tool_call>none", "none", "", []),
     ("llama3", f'{{"name": "weather", "parameters": {ARGUMENTS}}}', "", "", [("weather", json.loads(ARGUMENTS))]),
