@@ -20,30 +20,9 @@ from urllib.parse import urlsplit
 
 from dllama_mpi.cli.options import number, table
 
-WORDS = tuple(
-    "the of a file list name value object string return module class path key type line number default text set".split()  # noqa: SIM905
-)
-    "the",
-    "of",
-    "a",
-    "file",
-    "list",
-    "name",
-    "value",
-    "object",
-    "string",
-    "return",
-    "module",
-    "class",
-    "path",
-    "key",
-    "type",
-    "line",
-    "number",
-    "default",
-    "text",
-    "set",
-]
+WORDS = (
+    "the of a file list name value object string return module class path key type line number default text set"
+).split()
 PERCENTILES = (50, 90, 99)
 
 
