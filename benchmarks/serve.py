@@ -20,9 +20,8 @@ from urllib.parse import urlsplit
 
 from dllama_mpi.cli.options import number, table
 
-WORDS = (
-    "the of a file list name value object string return module class path key type line number default text set"
-).split()
+TEXT = "the of a file list name value object string return module class path key type line number default text set"
+WORDS = TEXT.split(" ")
 PERCENTILES = (50, 90, 99)
 
 

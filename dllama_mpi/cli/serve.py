@@ -21,6 +21,7 @@ from .options import add_model_options, add_sampling_options, add_speculation_op
 if TYPE_CHECKING:
     from ..engine.llm import LLM
     from ..parallel.group import TensorParallelGroup
+    from ..server.grammar import Grammars
     from ..server.run import HttpServer
     from ..server.served import Served
 
@@ -212,9 +213,20 @@ def _served(args: argparse.Namespace, llm: LLM) -> Served:
         defaults=sampling(args, llm.folder, None),
         tool_style=style_of(source) if args.tool_parser == "auto" else args.tool_parser,
         thinks="</think>" in source,
+        grammars=_grammars(llm),
         ranks=lambda: _ranks(llm),
         details=_details(args, llm),
     )
+
+
+def _grammars(llm: LLM) -> Grammars | None:
+    """Return what makes answers keep to grammars, if llguidance is installed."""
+    from ..server.grammar import Grammars
+
+    try:
+        return Grammars(llm.tokenizer, llm.config.vocab_size)
+    except ImportError:
+        return None
 
 
 def _ranks(llm: LLM) -> list[dict[str, Any]]:

@@ -81,7 +81,8 @@ class Engine:
         n, most = len(request.token_ids), self.context.max_seq_len
         limit = most if p.max_tokens is None else min(most, n + p.max_tokens)
         rng = np.random.default_rng(secrets.randbits(64) if seed is None else seed)
-        lookup = self._drafter() if self._drafter is not None else None
+        drafter = self._drafter if request.constraint is None else None
+        lookup = drafter() if drafter is not None else None
         with self._changed:
             waiting, allowed = self._waiting(), self.context.max_queue
             if allowed is not None and waiting >= allowed:
@@ -191,7 +192,7 @@ class Engine:
         size = self.context.vocab_size
         rows = np.array([row_of(s.params, s.prompt_length, size) for s in plan.sequences], ROW)
         biases = [(i, *each) for i, s in enumerate(plan.sequences) for each in s.params.logit_bias.items()]
-        answers = self._order(Step(plan.batch, rows, Want.CANDIDATES, np.array(biases, BIAS)))
+        answers = self._order(Step(plan.batch, rows, Want.CANDIDATES, np.array(biases, BIAS), *_masks(plan)))
         plan.commit()
         gathers, drafted = self._full_gathers, sum(draft >= 0 for draft in plan.drafts)
         outputs, accepted = self._take(plan, answers)
@@ -306,3 +307,12 @@ class Engine:
                 for s in self._sequences.values()
             ),
         )
+
+
+def _masks(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Return which rows of a step are constrained, and their masks."""
+    found = [(i, s.request.constraint) for i, s in enumerate(plan.sequences)]
+    masked = [(i, constraint.mask()) for i, constraint in found if constraint is not None]
+    if not masked:
+        return np.zeros(0, np.int32), np.zeros((0, 0), np.uint32)
+    return np.array([i for i, _ in masked], np.int32), np.stack([mask for _, mask in masked])

@@ -7,7 +7,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from math import isfinite
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
 
 from ..errors import RequestError
 
@@ -102,11 +104,22 @@ def _are_texts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(s, str) and s for s in value)
 
 
+class Constraint(Protocol):
+    """What the tokens of one request must keep to, such as a grammar. Used by the thread that makes steps."""
+
+    def mask(self) -> np.ndarray:
+        """Return which tokens may come next: (words,) uint32, a bit a token, the lowest first."""
+
+    def accept(self, token: int) -> None:
+        """Take the token that came."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What a consumer asks for.
 
     Attributes:
+        constraint: what its tokens must keep to; of this request alone. It is not speculated then.
         token_ids: the prompt. stop_ids: tokens that end the text, unless `params.ignore_eos`.
         priority: those with a higher one go first.
     """
@@ -115,6 +128,7 @@ class Request:
     params: SamplingParams
     stop_ids: frozenset[int] = frozenset()
     priority: int = 0
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)

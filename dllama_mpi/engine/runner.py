@@ -17,6 +17,7 @@ from .candidates import local_best, penalise
 from .rank_report import Stopwatch
 from .step import Step, Want
 
+FORBIDDEN = np.float32(-1e30)  # a logit whose probability is 0, and with which sums can be made
 _NO_PENALTY = {"repeat": 1, "presence": 0, "frequency": 0}
 
 
@@ -76,6 +77,11 @@ class Runner:
             token = int(bias["token"]) - self.first_id
             if 0 <= token < logits.shape[1]:
                 logits[bias["row"], token] += bias["value"]
+        for at, mask in zip(step.masked, step.masks, strict=True):
+            allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
+            own = allowed[self.first_id : self.first_id + logits.shape[1]]
+            logits[at, : own.size][own == 0] = FORBIDDEN
+            logits[at, own.size :] = FORBIDDEN
         return logits
 
     def _in_pieces(self, hidden: np.ndarray, step: Step) -> list[np.ndarray] | None:

@@ -91,6 +91,8 @@ class Sequence:
         self.last_token = time.perf_counter()
         if self.first_token is None:
             self.first_token = self.last_token
+        if self.request.constraint is not None:
+            self.request.constraint.accept(token)
         if token in self.request.stop_ids and not self.params.ignore_eos:
             self.finish_reason, self.stop_id = "stop", token
             return

@@ -41,12 +41,17 @@ BIAS = np.dtype([("row", "<i4"), ("token", "<i4"), ("value", "<f4")])
 
 @dataclass(frozen=True)
 class Step:
-    """A batch and, for each of its logit rows, a `ROW`; `want` holds for all rows. biases: (n,) of `BIAS`."""
+    """A batch and, for each of its logit rows, a `ROW`; `want` holds for all rows. biases: (n,) of `BIAS`.
+
+    masks: of some rows, the tokens that are allowed: (n, words) uint32, a bit a token; masked: (n,) int32, which rows.
+    """
 
     batch: Batch
     rows: np.ndarray
     want: Want
     biases: np.ndarray = field(default_factory=lambda: np.zeros(0, BIAS))
+    masked: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    masks: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint32))
 
     @staticmethod
     def of(batch: Batch, want: Want) -> Step:
@@ -55,12 +60,22 @@ class Step:
 
     def to_bytes(self) -> bytes:
         """Return the step as bytes."""
-        return np.int32(self.want).tobytes() + self.batch.to_bytes() + self.rows.tobytes() + self.biases.tobytes()
+        head = np.array([self.want, len(self.biases), *self.masks.shape], np.int32)
+        parts = (self.rows, self.biases, self.masked, self.masks)
+        return head.tobytes() + self.batch.to_bytes() + b"".join(part.tobytes() for part in parts)
 
     @staticmethod
     def from_bytes(data: bytes) -> Step:
         """Return the step that `to_bytes` wrote."""
-        batch, rest = Batch.from_bytes(data[4:])
-        end = len(batch.logit_rows) * ROW.itemsize
-        rows, biases = np.frombuffer(rest[:end], ROW), np.frombuffer(rest[end:], BIAS)
-        return Step(batch, rows, Want(int(np.frombuffer(data, np.int32, 1)[0])), biases)
+        want, biases, masked, words = np.frombuffer(data, np.int32, 4).tolist()
+        batch, rest = Batch.from_bytes(data[16:])
+        parts, at = [], 0
+        for kind, count in (
+            (ROW, len(batch.logit_rows)),
+            (BIAS, biases),
+            (np.int32, masked),
+            (np.uint32, masked * words),
+        ):
+            parts.append(np.frombuffer(rest, kind, count, at))
+            at += parts[-1].nbytes
+        return Step(batch, parts[0], Want(want), parts[1], parts[2], parts[3].reshape(masked, words))

@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from .errors import ApiError
 from .generation import Ask, Running, Token, special_ids
+from .grammar import MakeConstraint
 from .http import Call, EventStream, JSONAnswer, event, unless_gone
 from .parsing import AnswerParser, CallStart, Content, Event, Reasoning, Style
 from .schema import ChatBody, NamedTool, Tool
@@ -34,7 +35,6 @@ def prepare(served: Served, body: ChatBody) -> Prepared:
         ApiError: naming the field that is wrong.
     """
     served.check_name(body.model)
-    _refuse_what_is_missing(body)
     tools = offered(body.tools, body.tool_choice)
     variables = dict(body.chat_template_kwargs or {})
     if body.reasoning_effort is not None:
@@ -51,20 +51,21 @@ def prepare(served: Served, body: ChatBody) -> Prepared:
     elif body.top_logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
     params = served.params(body, limit, top)
-    style = served.style(prompt, tools)
+    constraint = _constraint(served, body, tools)
+    style = served.style(prompt, tools, constraint is not None)
     shown = special_ids(served.tokenizer, style.marks)
-    ask = Ask(tuple(ids), params, served.stops(body), body.n or 1, body.priority or 0, shown, True)
+    ask = Ask(tuple(ids), params, served.stops(body), body.n or 1, body.priority or 0, shown, True, constraint)
     return Prepared(ask, style)
 
 
-def _refuse_what_is_missing(body: ChatBody) -> None:
-    if body.response_format is not None and body.response_format.type != "text":
-        kind = body.response_format.type
-        raise ApiError(400, f"response_format: {kind} is not supported by this server", param="response_format")
+def _constraint(served: Served, body: ChatBody, tools: list[Tool] | None) -> MakeConstraint | None:
+    """Return what the answer must keep to: a forced call, a grammar, a form, or nothing."""
+    choice = body.tool_choice
+    if choice == "required" or isinstance(choice, NamedTool):
+        return served.forced(tools, choice.function.name if isinstance(choice, NamedTool) else None)
     if body.grammar:
-        raise ApiError(400, "grammar is not supported by this server", param="grammar")
-    if body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool):
-        raise ApiError(400, "tool_choice: this server cannot force a call; use auto or none", param="tool_choice")
+        return served.needed_grammars("grammar").of_grammar(body.grammar)
+    return served.formed(body.response_format, "response_format")
 
 
 def offered(tools: Sequence[Tool] | None, choice: Any) -> list[Tool] | None:

@@ -11,6 +11,7 @@ from ..errors import QueueFull, RequestError
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
 from .errors import ApiError, unavailable
+from .grammar import MakeConstraint
 from .outbox import EngineLoop
 from .served import Served
 
@@ -47,7 +48,7 @@ class Ask:
 
     Attributes:
         shown: special tokens that are part of the text. is_chat: the prompt is a rendered template, so that the answer
-            is a text of its own.
+            is a text of its own. constraint: makes what each choice must keep to.
     """
 
     token_ids: tuple[int, ...]
@@ -57,6 +58,7 @@ class Ask:
     priority: int = 0
     shown: frozenset[int] = frozenset()
     is_chat: bool = False
+    constraint: MakeConstraint | None = None
 
 
 @dataclass
@@ -180,7 +182,8 @@ class Running:
         if params.seed is not None and number:
             params = replace(params, seed=(params.seed + number) % 2**63)
         stop_ids = frozenset() if params.ignore_eos else self.served.tokenizer.stop_ids
-        return Request(ask.token_ids, params, stop_ids, ask.priority)
+        constraint = ask.constraint() if ask.constraint is not None else None
+        return Request(ask.token_ids, params, stop_ids, ask.priority, constraint)
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         async for index, output in self._outbox:

@@ -12,7 +12,6 @@ from starlette.responses import Response
 
 from .anthropic_schema import Block, CountBody, MessagesBody, OfferedTool
 from .chat import Answer, Prepared
-from .errors import ApiError
 from .generation import Ask, Piece, Running, Usage, special_ids
 from .http import Call, EventStream, JSONAnswer, event, unless_gone
 from .parsing import CallStart, Content, Event, Reasoning
@@ -23,11 +22,7 @@ _REASONS = {"stop": "end_turn", "length": "max_tokens"}
 
 
 def conversation(body: CountBody) -> tuple[list[Message], list[Tool] | None]:
-    """Return a conversation and its tools as OpenAI's routes have them.
-
-    Raises:
-        ApiError: a tool is to be forced.
-    """
+    """Return a conversation and its tools as OpenAI's routes have them."""
     found: list[Message] = []
     if body.system:
         found.append(Message(role="system", content=_text(body.system)))
@@ -40,8 +35,6 @@ def conversation(body: CountBody) -> tuple[list[Message], list[Tool] | None]:
             if rest := [block for block in blocks if block.type == "text"]:
                 found.append(Message(role=turn.role, content=_text(rest)))
     choice = body.tool_choice.type if body.tool_choice is not None else "auto"
-    if choice in ("any", "tool"):
-        raise ApiError(400, "tool_choice: this server cannot force a call; use auto or none", param="tool_choice")
     offered = None if choice == "none" or not body.tools else [_tool(tool) for tool in body.tools]
     return found, offered
 
@@ -87,10 +80,14 @@ def prepare(served: Served, body: MessagesBody) -> Prepared:
     prompt = served.render(messages, tools, **_variables(body))
     ids = served.encode(prompt, "messages", is_rendered=True)
     sampling = Sampling(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, stop=body.stop_sequences)
-    style = served.style(prompt, tools)
+    choice, constraint = body.tool_choice, None
+    if choice is not None and choice.type in ("any", "tool"):
+        constraint = served.forced(tools, choice.name if choice.type == "tool" else None)
+    style = served.style(prompt, tools, constraint is not None)
     shown = special_ids(served.tokenizer, style.marks)
     params = served.params(sampling, body.max_tokens, None)
-    return Prepared(Ask(tuple(ids), params, served.stops(sampling), shown=shown, is_chat=True), style)
+    stops = served.stops(sampling)
+    return Prepared(Ask(tuple(ids), params, stops, shown=shown, is_chat=True, constraint=constraint), style)
 
 
 async def messages(call: Call) -> Response:

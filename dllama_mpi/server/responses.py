@@ -15,6 +15,7 @@ from starlette.responses import Response
 from .chat import Answer, offered
 from .errors import ApiError
 from .generation import Ask, Running, special_ids
+from .grammar import MakeConstraint
 from .http import Call, EventStream, JSONAnswer, event, unless_gone
 from .items import Items
 from .parsing import Style
@@ -109,12 +110,6 @@ def prepare(served: Served, body: ResponsesBody, before: list[Message]) -> Prepa
         ApiError: naming the field that is wrong.
     """
     served.check_name(body.model)
-    if body.text is not None and body.text.format is not None and body.text.format.type != "text":
-        raise ApiError(
-            400, f"text.format: {body.text.format.type} is not supported by this server", param="text.format"
-        )
-    if body.tool_choice == "required" or isinstance(body.tool_choice, NamedChoice):
-        raise ApiError(400, "tool_choice: this server cannot force a call; use auto or none", param="tool_choice")
     messages = [*before, *conversation(body.input)]
     if not messages:
         raise ApiError(400, "input: give at least one item", param="input")
@@ -126,9 +121,16 @@ def prepare(served: Served, body: ResponsesBody, before: list[Message]) -> Prepa
     ids = served.encode(prompt, "input", is_rendered=True)
     sampling = Sampling(temperature=body.temperature, top_p=body.top_p)
     params = served.params(sampling, body.max_output_tokens, None)
-    style = served.style(prompt, tools)
-    shown = special_ids(served.tokenizer, style.marks)
-    return Prepared(messages, Ask(tuple(ids), params, served.stops(sampling), shown=shown, is_chat=True), style)
+    choice = body.tool_choice
+    constraint: MakeConstraint | None
+    if choice == "required" or isinstance(choice, NamedChoice):
+        constraint = served.forced(tools, choice.name if isinstance(choice, NamedChoice) else None)
+    else:
+        constraint = served.formed(body.text.format if body.text is not None else None, "text.format")
+    style = served.style(prompt, tools, constraint is not None)
+    shown, stops = special_ids(served.tokenizer, style.marks), served.stops(sampling)
+    ask = Ask(tuple(ids), params, stops, shown=shown, is_chat=True, constraint=constraint)
+    return Prepared(messages, ask, style)
 
 
 async def create(call: Call) -> Response:
@@ -161,6 +163,10 @@ async def delete(call: Call) -> Response:
     return JSONAnswer({"id": id, "object": "response", "deleted": True})
 
 
+def _shown(choice: Any) -> Any:
+    return choice.model_dump(exclude_none=True) if isinstance(choice, NamedChoice) else choice or "auto"
+
+
 class Making:
     """A response on its way."""
 
@@ -170,6 +176,9 @@ class Making:
         self._id, self._created = "resp_" + secrets.token_hex(16), int(time.time())
         self._model, self._temperature = body.model or served.names[0], prepared.ask.params.temperature
         self._finish_reason: str | None = None
+        wanted = body.text.format if body.text is not None else None
+        shown = {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_none=True)
+        self._text_format = {"format": shown}
 
     def _object(self, status: str, running: Running | None = None) -> dict[str, Any]:
         body = self._body
@@ -198,8 +207,8 @@ class Making:
             "previous_response_id": body.previous_response_id,
             "store": body.store is not False,
             "temperature": self._temperature,
-            "text": {"format": {"type": "text"}},
-            "tool_choice": body.tool_choice or "auto",
+            "text": self._text_format,
+            "tool_choice": _shown(body.tool_choice),
             "tools": [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
             "top_p": self._prepared.ask.params.top_p,
             "truncation": "disabled",

@@ -145,10 +145,24 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-class ResponseFormat(Body):
-    """What form the answer has."""
+class NamedSchema(Body):
+    """A JSON schema with a name."""
+
+    name: str | None = None
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(NamedSchema):
+    """What form the answer has; chats have the schema in `json_schema`, responses have it here."""
 
     type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @property
+    def wanted(self) -> dict[str, Any] | bool | None:
+        """The schema."""
+        return self.json_schema.schema_ if self.json_schema is not None else self.schema_
 
 
 class ChatBody(Completing):

@@ -13,9 +13,10 @@ from ..errors import DllamaError, RequestError
 from ..text.chat_template import ChatTemplate
 from ..text.tokenizer import Tokenizer
 from .errors import ApiError, unavailable
+from .grammar import Grammars, MakeConstraint
 from .outbox import EngineLoop
 from .parsing import THINK, Style
-from .schema import Message, Sampling, Tool
+from .schema import Message, ResponseFormat, Sampling, Tool
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,10 @@ class Served:
 
     Attributes:
         names: what clients may call it, the first being its own; "*" takes any. template: None for a model that does
-            not chat. context: positions of a sequence. defaults: of what a request leaves open. details: for /props.
+            not chat. context: positions of a sequence. defaults: of what a request leaves open.
+        tool_style: one of `parsing.STYLES`. thinks: whether the template knows of reasoning. grammars: None where
+            llguidance is not installed. ranks: returns what each rank did since it was last asked; called in the
+            engine's thread. details: for /props.
     """
 
     names: tuple[str, ...]
@@ -35,6 +39,7 @@ class Served:
     defaults: SamplingParams
     tool_style: str = "none"
     thinks: bool = False
+    grammars: Grammars | None = None
     ranks: Callable[[], list[dict[str, Any]]] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -66,11 +71,48 @@ class Served:
         except RequestError as error:
             raise ApiError(400, str(error), param="messages") from None
 
-    def style(self, prompt: str, tools: Sequence[Tool] | None) -> Style:
-        """Return how answers to a rendered prompt are to be read."""
+    def style(self, prompt: str, tools: Sequence[Tool] | None, is_formed: bool = False) -> Style:
+        """Return how answers to a rendered prompt are to be read; is_formed: they keep to a grammar from the start."""
         names = frozenset(tool.function.name for tool in tools or ())
         end = prompt.rstrip().endswith(THINK)
-        return Style(self.tool_style if tools else "none", names, self.thinks, self.thinks and end)
+        return Style(
+            self.tool_style if tools else "none",
+            names,
+            self.thinks and not is_formed,
+            self.thinks and end and not is_formed,
+        )
+
+    def forced(self, tools: Sequence[Tool] | None, name: str | None) -> MakeConstraint:
+        """Return what makes an answer a call of a tool, of this name or of any.
+
+        Raises:
+            ApiError: there is no such tool, or the model cannot.
+        """
+        chosen = [tool for tool in tools or () if name is None or tool.function.name == name]
+        if not chosen:
+            said = "there are no tools" if name is None else f"{name[:100]!r} is not among the tools"
+            raise ApiError(400, f"tool_choice: {said}", param="tool_choice")
+        return self.needed_grammars("tool_choice").of_tools(chosen, self.tool_style)
+
+    def needed_grammars(self, field: str) -> Grammars:
+        """Return what makes constraints.
+
+        Raises:
+            ApiError: llguidance is not installed where the server runs.
+        """
+        if self.grammars is None:
+            raise ApiError(400, f"{field} needs llguidance, which the server has not installed", param=field)
+        return self.grammars
+
+    def formed(self, wanted: ResponseFormat | None, field: str) -> MakeConstraint | None:
+        """Return what gives an answer its form, or None for any.
+
+        Raises:
+            ApiError: the schema cannot be used.
+        """
+        if wanted is None or wanted.type == "text":
+            return None
+        return self.needed_grammars(field).of_format(wanted, field)
 
     def encode(self, prompt: str | Sequence[int], field: str, is_rendered: bool = False) -> list[int]:
         """Return a prompt's token ids, fit for the model.

@@ -62,8 +62,7 @@ def test_answers_at_once_are_those_of_one_by_one(client: openai.OpenAI) -> None:
     alone = [ask(prompt) for prompt in PROMPTS]
     together: dict[int, str] = {}
     threads = [
-        threading.Thread(target=lambda i=i, p=p: together.__setitem__(i, ask(p)))  # type: ignore[misc]
-        for i, p in enumerate(PROMPTS * 4)
+        threading.Thread(target=lambda i=i, p=p: together.__setitem__(i, ask(p))) for i, p in enumerate(PROMPTS * 4)
     ]
     for thread in threads:
         thread.start()

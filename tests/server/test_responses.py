@@ -109,7 +109,7 @@ def test_reasoning_and_length(client: openai.OpenAI) -> None:
         ({"input": []}, "input"),
         ({"input": [{"type": "message", "role": "user"}]}, "input.0"),
         ({"input": [{"type": "image"}]}, "input.0.type"),
-        ({"input": "x", "text": {"format": {"type": "json_object"}}}, "text.format"),
+        ({"input": "x", "text": {"format": {"type": "json_schema"}}}, "text.format"),
         ({"input": "x", "tool_choice": "required"}, "tool_choice"),
         ({"input": "x", "previous_response_id": "none"}, "previous_response_id"),
     ],
