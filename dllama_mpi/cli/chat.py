@@ -48,7 +48,6 @@ def run(args: argparse.Namespace) -> int:
         if group.is_root:
             template = ChatTemplate.load(llm.tokenizer, args.chat_template)
             params = sampling(args, llm.folder, None)
-    llm.engine.measures_links = args.stats
     terminal = Terminal(llm.cancel)
     with on_interrupt(terminal.interrupted if group.is_root else llm.cancel), llm.session() as leads:
         if leads:
@@ -100,7 +99,7 @@ class Conversation:
         self.stats = Stats()
         try:
             prompt = self.template.render(self.messages)
-            for piece in self.llm.stream(prompt, self.params, self.stats, is_chat=True):
+            for piece in self.llm.stream(prompt, self.params, self.stats, is_chat=True, measure_links=self.args.stats):
                 pieces.append(piece)
                 print(piece, end="", flush=True)
                 self.terminal.poll()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
@@ -29,27 +29,38 @@ class Want(IntEnum):
 
 
 # One wanted row: how its logits are prepared, on every rank alike.
-# k: candidates wanted; temperature: of the log-sum-exp; prompt: the prompt's length; target: token to score.
+# k: candidates wanted; temperature: of the log-sum-exp; prompt: the prompt's length; target: token to score; logprobs:
+# whether the log-sum-exp at temperature 1 is wanted, too.
 ROW = np.dtype(
     [("k", "<i4"), ("prompt", "<i4"), ("target", "<i4"), ("temperature", "<f8"), ("repeat", "<f4"), ("presence", "<f4"),
-     ("frequency", "<f4")]
+     ("frequency", "<f4"), ("logprobs", "<i4")]
 )  # fmt: skip
+# What is added to the logit of a token in a row.
+BIAS = np.dtype([("row", "<i4"), ("token", "<i4"), ("value", "<f4")])
 
 
 @dataclass(frozen=True)
 class Step:
-    """A batch and, for each of its logit rows, a `ROW`; `want` holds for all rows."""
+    """A batch and, for each of its logit rows, a `ROW`; `want` holds for all rows. biases: (n,) of `BIAS`."""
 
     batch: Batch
     rows: np.ndarray
     want: Want
+    biases: np.ndarray = field(default_factory=lambda: np.zeros(0, BIAS))
+
+    @staticmethod
+    def of(batch: Batch, want: Want) -> Step:
+        """Return a step with plain rows."""
+        return Step(batch, np.zeros(len(batch.logit_rows), ROW), want)
 
     def to_bytes(self) -> bytes:
         """Return the step as bytes."""
-        return np.int32(self.want).tobytes() + self.batch.to_bytes() + self.rows.tobytes()
+        return np.int32(self.want).tobytes() + self.batch.to_bytes() + self.rows.tobytes() + self.biases.tobytes()
 
     @staticmethod
     def from_bytes(data: bytes) -> Step:
         """Return the step that `to_bytes` wrote."""
         batch, rest = Batch.from_bytes(data[4:])
-        return Step(batch, np.frombuffer(rest, ROW), Want(int(np.frombuffer(data, np.int32, 1)[0])))
+        end = len(batch.logit_rows) * ROW.itemsize
+        rows, biases = np.frombuffer(rest[:end], ROW), np.frombuffer(rest[end:], BIAS)
+        return Step(batch, rows, Want(int(np.frombuffer(data, np.int32, 1)[0])), biases)
