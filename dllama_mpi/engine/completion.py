@@ -11,6 +11,7 @@ class Completion:
 
     Attributes:
         id: of the request. token_ids: generated, the one that completes a stop string included. pieces: of the text.
+        taken: their number, with a stop token.
         finish_reason: "stop" (a stop token or string), "length" or "abort", or None while it goes on.
         usage: once the engine is done with it. logprobs: of the tokens, if they were asked for.
     """
@@ -18,6 +19,7 @@ class Completion:
     def __init__(self, request_id: int, text: TextStream | None) -> None:
         self.id = request_id
         self.token_ids: list[int] = []
+        self.taken = 0
         self.logprobs: list[TokenLogprobs] = []
         self.pieces: list[str] = []
         self.finish_reason: str | None = None
@@ -37,12 +39,14 @@ class Completion:
         first = len(self.pieces)
         for i, token in enumerate(output.token_ids):
             self.token_ids.append(token)
+            self.taken += 1
             self.logprobs += (output.logprobs or ())[i : i + 1]
             if self._text is not None:
                 self.pieces.append(self._text.push(token))
                 if self._text.stopped:
                     self.finish_reason = "stop"
                     return "".join(self.pieces[first:])
+        self.taken += output.stop_id is not None
         self.finish_reason = output.finish_reason
         if self.finish_reason is not None and self._text is not None:
             self.pieces.append(self._text.finish())

@@ -207,7 +207,6 @@ class Engine:
             drafted=drafted,
             accepted=accepted,
             prompt=plan.prompt,
-            outputs=outputs,
             full_gathers=self._full_gathers - gathers,
         )
         self.scheduler.budget.observe(plan.prompt, plan.generating, step.seconds)

@@ -39,7 +39,7 @@ from ..weights.source import WeightSource
 from .completion import Completion
 from .engine import Context, Engine
 from .lookup import MOST_DRAFTS, Lookup
-from .request import Request, RequestStats, SamplingParams, TokenLogprobs, is_integer
+from .request import Request, RequestStats, SamplingParams, TokenLogprobs, are_several, is_integer, shown
 from .runner import Runner
 from .scheduler import Limits
 from .stats import Stats
@@ -253,7 +253,7 @@ class LLM:
         elif isinstance(prompt, (Sequence, np.ndarray)) and all(is_integer(i) for i in prompt):
             ids = [int(i) for i in prompt]
         else:
-            raise RequestError(f"a prompt is a text or a list of token ids, not {_short(prompt)}")
+            raise RequestError(f"a prompt is a text or a list of token ids, not {shown(prompt)}")
         self.engine.check(ids)
         return ids
 
@@ -266,7 +266,7 @@ class LLM:
             RequestError: see `encode`; stop strings without a tokenizer.
         """
         if not isinstance(params, SamplingParams):
-            raise RequestError(f"params is {_short(params)}; it must be a SamplingParams")
+            raise RequestError(f"params is {shown(params)}; it must be a SamplingParams")
         if is_chat and isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt, add_special_tokens=False)
         ids = self.encode(prompt)
@@ -303,7 +303,7 @@ class LLM:
             if not leads:
                 return None
             params, stats = SamplingParams() if params is None else params, Stats()
-            several = _are_several(prompt)
+            several = are_several(prompt)
             asked = [self.request(p, params) for p in (prompt if several else [prompt])]
             completions = self._add(asked, stats)
             for _ in self._run(completions, stats):
@@ -356,7 +356,9 @@ class LLM:
                         continue
                     if output.token_ids and stats.first_token_seconds is None:
                         stats.first_token_seconds = time.perf_counter() - started
+                    before = completion.taken
                     piece = completion.take(output)
+                    stats.output_tokens += completion.taken - before
                     if completion.finish_reason is not None and output.finish_reason is None:  # a stop string
                         self.engine.cancel(output.id)
                     yield piece
@@ -384,27 +386,8 @@ class LLM:
             return self.engine.scores(self.encode(token_ids)) if leads else None
 
 
-def _are_several(prompt: Any) -> bool:
-    """Return whether these are prompts, not the ids of one.
-
-    Raises:
-        RequestError: neither.
-    """
-    if isinstance(prompt, np.ndarray):
-        prompt = prompt.tolist()
-    if not isinstance(prompt, (str, list, tuple)):
-        raise RequestError(f"a prompt is a text or a list of token ids, not {_short(prompt)}")
-    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], (str, list, tuple, np.ndarray))
-
-
 def _generation(completion: Completion, stats: Stats) -> Generation:
     logprobs = completion.logprobs or None
     assert completion.usage is not None
     reason = completion.finish_reason or "abort"
     return Generation(completion.token_ids, completion.text, reason, stats, completion.usage, logprobs)
-
-
-def _short(value: Any) -> str:
-    """Return a value as a message shows it."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

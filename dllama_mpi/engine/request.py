@@ -100,6 +100,25 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
+def are_several(prompt: Any) -> bool:
+    """Return whether these are prompts, not the ids of one.
+
+    Raises:
+        RequestError: neither.
+    """
+    if isinstance(prompt, np.ndarray):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, (str, list, tuple)):
+        raise RequestError(f"a prompt is a text or a list of token ids, not {shown(prompt)}")
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], (str, list, tuple, np.ndarray))
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _are_texts(value: Any) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(s, str) and s for s in value)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..errors import RequestError
+from ..kernels.layout import PAGE
 from ..model.batch import Batch
 from .budget import Budget
 from .lookup import MOST_DRAFTS, DraftCost
@@ -33,7 +34,7 @@ class Limits:
         sequences: at once. pages: of the KV cache. chunk: most prompt tokens a step. drafts: most in a step.
         slots: places for states, checkpoints included; 0: the model has none.
         shares: whether sequences use what others have computed.
-        max_step_ms, responsive: see `Options`.
+        max_step_ms, responsive: see `Options`. page: positions of a page.
     """
 
     sequences: int
@@ -44,6 +45,7 @@ class Limits:
     shares: bool = True
     max_step_ms: float = 250.0
     responsive: bool = False
+    page: int = PAGE
 
 
 class _Start(NamedTuple):
@@ -66,7 +68,7 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.pages = Pages(limits.pages, limits.shares)
+        self.pages = Pages(limits.pages, limits.shares, limits.page)
         self.slots = Slots(limits.slots or limits.sequences)
         self.budget = Budget(limits.chunk, limits.max_step_ms / 1e3, limits.responsive)
         self.draft_cost = DraftCost()
@@ -277,9 +279,10 @@ class Scheduler:
             if s.computed in s.saves:
                 self._save(s)
         elif self.limits.shares:
-            self._adopt(s)
+            self._adopt_pages(s)
             if any(self._is_ahead(other, s, packing) for other in self.running):
                 return 0
+            self._adopt_part(s)
         most = min([s.left, budget, *(p - s.computed for p in s.saves if p > s.computed)])
         count = self._room(s, s.computed + most, packing) - s.computed
         if count <= 0:
@@ -304,8 +307,8 @@ class Scheduler:
             self._state_copies.append((s.slot, slot))
             self.slots.keep(slot, what)
 
-    def _adopt(self, s: Sequence) -> None:
-        """Go on behind what others have computed of a sequence's tokens since it was admitted."""
+    def _adopt_pages(self, s: Sequence) -> None:
+        """Go on behind the pages that others have computed of a sequence's tokens since it was admitted."""
         size, most, before = self.pages.size, len(s.tokens) - 1, s.computed
         while s.computed % size == 0 and s.computed + size <= most:
             at = s.computed // size
@@ -315,6 +318,11 @@ class Scheduler:
             self.pages.release(s.pages[at:])
             s.pages[at:] = [self.pages.share(page)]
             s.computed = s.recorded = s.computed + size
+        self._count_cached(s, s.computed - before)
+
+    def _adopt_part(self, s: Sequence) -> None:
+        """Go on behind the part of a page that others have computed."""
+        size, most, before = self.pages.size, len(s.tokens) - 1, s.computed
         at, first = s.computed // size, s.computed // size * size
         source, count = self.pages.best(self._key(s, at), s.tokens[first : min(first + size, most)])
         if first + count - s.computed >= LEAST_COPIED and (len(s.pages) > at or self.pages.available):
@@ -334,7 +342,7 @@ class Scheduler:
             return False
         first, last = at * size, min((at + 1) * size, len(s.tokens) - 1)
         end = first + common(s.tokens[first:last], other.tokens[first : first + size])
-        return end - s.computed >= LEAST_COPIED and other.computed < end
+        return (end == first + size or end - s.computed >= LEAST_COPIED) and other.computed < end
 
     # ---- memory
 

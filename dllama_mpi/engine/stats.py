@@ -16,7 +16,7 @@ class StepStats:
     Attributes:
         tokens: fed, rejected drafts left out. sync_seconds: the part of the seconds that went into synchronisation.
         sent, received: bytes. drafted: tokens fed on the chance that they come; accepted: those that did.
-        prompt: prompt tokens among the tokens. outputs: tokens generated. full_gathers: see `Stats`.
+        prompt: prompt tokens among the tokens. full_gathers: see `Stats`.
     """
 
     tokens: int
@@ -27,7 +27,6 @@ class StepStats:
     drafted: int = 0
     accepted: int = 0
     prompt: int = 0
-    outputs: int = 0
     full_gathers: int = 0
 
 
@@ -94,7 +93,6 @@ class Stats:
     def take(self, step: StepStats) -> None:
         """Count a step."""
         (self.prefill if step.prompt else self.decode).append(step)
-        self.output_tokens += step.outputs
         self.full_gathers += step.full_gathers
 
     @staticmethod

@@ -70,12 +70,8 @@ class Step:
         want, biases, masked, words = np.frombuffer(data, np.int32, 4).tolist()
         batch, rest = Batch.from_bytes(data[16:])
         parts, at = [], 0
-        for kind, count in (
-            (ROW, len(batch.logit_rows)),
-            (BIAS, biases),
-            (np.int32, masked),
-            (np.uint32, masked * words),
-        ):
+        counts = (len(batch.logit_rows), biases, masked, masked * words)
+        for kind, count in zip((ROW, BIAS, np.int32, np.uint32), counts, strict=True):
             parts.append(np.frombuffer(rest, kind, count, at))
             at += parts[-1].nbytes
         return Step(batch, parts[0], Want(want), parts[1], parts[2], parts[3].reshape(masked, words))

@@ -89,10 +89,10 @@ def fitting(needs: list[Need], wish: Wish) -> Room:
             who = f"rank {ranks[0]} needs" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]} need"
             remedy = "use more hosts, smaller --weights or another --split"
             if fits >= 1:
-                more = wish.bytes is not None
-                remedy = (
-                    f"--kv-memory {fits * PAGE * each / 1e9:.3g} fits" if more else f"--max-seq-len {fits * PAGE} fits"
-                )
+                remedy = f"--max-seq-len {fits * PAGE} fits"
+                if wish.bytes is not None:
+                    most = max(needs[i].per_position for i in ranks)
+                    remedy = f"--kv-memory {fits * PAGE * most / 1e9:.3g} fits"
             raise ClusterError(
                 f"{who} {_gb(fixed + least * each)} (weights and buffers {_gb(fixed)}, KV cache for {least} positions"
                 f" {_gb(least * each)}), {host} has {_gb(free)} free: {remedy}"
@@ -108,9 +108,10 @@ def _limit(needs: list[Need], wish: Wish, least: int) -> int:
     each = max(need.per_position for need in needs)
     pages = wish.bytes // (PAGE * each) if each else wish.sequences * ceil_div(wish.positions, PAGE)
     if pages < ceil_div(least, PAGE):
-        needed = f"{ceil_div(least, PAGE) * PAGE * each / 1e9:.3g}"
+        needed = ceil_div(least, PAGE) * PAGE * each / 1e9
         raise ClusterError(
-            f"--kv-memory {wish.bytes / 1e9:g} holds {pages * PAGE} positions; {least} need {needed} (GB)"
+            f"--kv-memory {wish.bytes / 1e9:g} holds {pages * PAGE} positions, and --max-seq-len is {least}:"
+            f" give {needed:.3g} or more"
         )
     return pages
 
