@@ -74,6 +74,7 @@ def test_markdown_streams(page: Any) -> None:
     expect(page.locator("#model")).to_have_text("demo")
 
 
+@pytest.mark.slow
 def test_nothing_a_model_writes_runs(page: Any) -> None:
     send(page, "<<<img src=x onerror=alert(1)> <script>alert(2)</script> [x](javascript:alert(3))>>")
     playwright.expect(last(page)).to_contain_text("onerror")
@@ -99,6 +100,7 @@ def test_stop_regenerate_and_edit(page: Any, server: Server) -> None:
     assert page.locator(".message").count() == 2
 
 
+@pytest.mark.slow
 def test_conversations_outlive_the_page(page: Any) -> None:
     expect = playwright.expect
     send(page, "say <<first>>")
@@ -117,12 +119,14 @@ def test_conversations_outlive_the_page(page: Any) -> None:
     expect(last(page)).to_have_text("second")
 
 
+@pytest.mark.slow
 def test_reasoning_is_kept_apart(page: Any) -> None:
     send(page, "<<<think>well</think>yes>>")
     playwright.expect(last(page).locator("details")).to_contain_text("well")
     playwright.expect(last(page).locator("p")).to_have_text("yes")
 
 
+@pytest.mark.slow
 def test_settings_are_sent(page: Any) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("say <<from the system>>")
@@ -136,6 +140,7 @@ def test_settings_are_sent(page: Any) -> None:
     playwright.expect(page.locator(".note")).to_have_text("cut at the limit of tokens")
 
 
+@pytest.mark.slow
 def test_errors_are_shown(page: Any) -> None:
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("System prompt").fill("word " * 5000)
@@ -147,6 +152,7 @@ def test_errors_are_shown(page: Any) -> None:
     playwright.expect(page.get_by_role("alert")).to_contain_text("cannot be reached")
 
 
+@pytest.mark.slow
 def test_cluster_and_theme(page: Any) -> None:
     page.get_by_role("button", name="Cluster").click()
     playwright.expect(page.locator("#engine")).to_contain_text("running")
@@ -165,6 +171,7 @@ def test_narrow_screen(page: Any) -> None:
     playwright.expect(page.get_by_role("button", name="New conversation").first).to_be_visible()
 
 
+@pytest.mark.slow
 def test_key_is_asked_for(browser: Any) -> None:
     with scripted("none", "the-key") as locked:
         page = browser.new_page()

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 from tests.mpi.launch import ROOT, environment, run
 from tests.server.running import scripted
 
@@ -32,6 +34,7 @@ def test_conversation() -> None:
         assert "API key" in refused.stderr
 
 
+@pytest.mark.slow
 def test_mistakes_are_told_in_a_line() -> None:
     for url, said in (("http://127.0.0.1:9", "cannot be reached"), ("ftp://x", "no address of a server")):
         done = chat(url, lines=["hello"])
@@ -40,6 +43,7 @@ def test_mistakes_are_told_in_a_line() -> None:
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_what_the_server_refuses_is_forgotten() -> None:
     with scripted() as server:
         done = chat(server.url, lines=["word " * 6000, "say <<fine>>"])
