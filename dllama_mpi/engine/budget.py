@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 LEAST = 8  # prompt tokens in a step: reading always goes on
 _FIRST = 32  # beside running sequences, before any step has been timed
 _NEW = 0.3  # weight of the newest step
@@ -23,7 +25,7 @@ class Budget:
 
     def tokens(self, running: int) -> int:
         """Return how many prompt tokens the next step may hold, beside so many sequences that generate."""
-        if not running and not self.always:
+        if self.seconds == math.inf or not (running or self.always):
             return self.most
         if self._each is None:
             return min(self.most, _FIRST)

@@ -132,7 +132,7 @@ class LLM:
         self._runner = Runner(self._model, self.group)
         slots = self.memory.slots if c.has_state else 0
         limits = Limits(
-            o.max_batch, self.pages, o.prefill_chunk, drafts, slots, c.can_reuse, o.max_step_ms, o.responsive
+            o.max_batch, self.pages, o.prefill_chunk, drafts, slots, c.can_reuse, o.step_limit, o.responsive
         )
         context = Context(c.vocab_size, self.max_seq_len, o.max_queue)
         self.engine = Engine(self._runner, self.group, context, limits, Lookup if self.speculates else None)

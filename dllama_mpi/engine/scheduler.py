@@ -15,6 +15,7 @@ from typing import NamedTuple
 from ..errors import RequestError
 from ..kernels.layout import PAGE
 from ..model.batch import Batch
+from ..startup.options import MAX_STEP_MS
 from .budget import Budget
 from .lookup import MOST_DRAFTS, DraftCost
 from .pages import ROOT, Pages, chain, common
@@ -43,7 +44,7 @@ class Limits:
     drafts: int = 0
     slots: int = 0
     shares: bool = True
-    max_step_ms: float = 250.0
+    max_step_ms: float = MAX_STEP_MS
     responsive: bool = False
     page: int = PAGE
 

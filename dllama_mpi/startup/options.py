@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from ..model.recipe import WeightRecipe, default_kv_type, described
 from ..parallel.collective.table import MPI, PAYLOADS, SYNCS
 from ..parallel.watchdog import LEAST_TIMEOUT, LONGEST_TIMEOUT, TIMEOUT
 
+MAX_STEP_MS = 250.0
 SPECULATIONS = ("off", "lookup")
 
 
@@ -31,8 +33,9 @@ class Options:
         max_seq_len: positions of the KV cache; None: the model's, or what fits in memory.
         max_batch: sequences that run at once. max_queue: most that wait, or None for any number.
         prefill_chunk: most prompt tokens a step.
-        max_step_ms: milliseconds that a step should take at most while prompts are read beside running sequences, or,
-            if `responsive`, at any time: so much less of a prompt is read in it.
+        responsive: whether somebody waits for each token: steps are kept short while prompts are read.
+        max_step_ms: milliseconds that a step should take at most then, whatever part of a prompt fits; beside running
+            sequences it holds without `responsive`, too. None: 250 if responsive, else no limit.
         kv_memory: GB of the KV cache of each rank; None: what so many sequences can need, or what is free.
         kv_type: "f16", "f32" or "q80"; None: f32 with f32 weights, else f16.
         split: the ranks' shares, such as "3,1,1", or "auto" for shares by measured speed and free memory; None: equal.
@@ -55,8 +58,8 @@ class Options:
     max_batch: int = 1
     max_queue: int | None = None
     prefill_chunk: int = 256
-    max_step_ms: float = 250.0
     responsive: bool = False
+    max_step_ms: float | None = None
     kv_memory: float | None = None
     kv_type: str | None = None
     split: str | None = None
@@ -67,6 +70,11 @@ class Options:
     bind: bool = False
     timeout: float = TIMEOUT
     quiet: bool = True
+
+    @property
+    def step_limit(self) -> float:
+        """The milliseconds that a step should take at most while prompts are read; infinity for no limit."""
+        return self.max_step_ms or (MAX_STEP_MS if self.responsive else math.inf)
 
     def check(self) -> None:
         """Raise a UsageError that names the first value that cannot be."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,7 @@ def test_a_step_takes_no_longer_than_it_may(base: float, each: float) -> None:
 
 def test_without_anything_beside_it_a_chunk_is_whole() -> None:
     assert {tokens for tokens, _ in timed(Budget(256, 0.25), 10, 0.01, 0.01, running=0)} == {256}
+    assert {tokens for tokens, _ in timed(Budget(256, math.inf), 10, 0.01, 0.01)} == {256}
     assert timed(Budget(256, 0.25, always=True), 30, 0.01, 0.01, running=0)[-1][0] < 25
 
 
