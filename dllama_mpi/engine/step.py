@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
@@ -71,7 +72,8 @@ class Step:
         batch, rest = Batch.from_bytes(data[16:])
         parts, at = [], 0
         counts = (len(batch.logit_rows), biases, masked, masked * words)
-        for kind, count in zip((ROW, BIAS, np.int32, np.uint32), counts, strict=True):
+        kinds: tuple[np.dtype[Any], ...] = (ROW, BIAS, np.dtype(np.int32), np.dtype(np.uint32))
+        for kind, count in zip(kinds, counts, strict=True):
             parts.append(np.frombuffer(rest, kind, count, at))
             at += parts[-1].nbytes
         return Step(batch, parts[0], Want(want), parts[1], parts[2], parts[3].reshape(masked, words))
