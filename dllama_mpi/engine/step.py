@@ -71,8 +71,8 @@ class Step:
         want, biases, masked, words = np.frombuffer(data, np.int32, 4).tolist()
         batch, rest = Batch.from_bytes(data[16:])
         parts, at = [], 0
-        kinds: tuple[Any, ...] = (ROW, BIAS, np.int32, np.uint32)
         counts = (len(batch.logit_rows), biases, masked, masked * words)
+        kinds: tuple[np.dtype[Any], ...] = (ROW, BIAS, np.dtype(np.int32), np.dtype(np.uint32))
         for kind, count in zip(kinds, counts, strict=True):
             parts.append(np.frombuffer(rest, kind, count, at))
             at += parts[-1].nbytes

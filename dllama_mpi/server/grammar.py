@@ -14,7 +14,7 @@ from .errors import ApiError
 from .schema import ResponseFormat, Tool
 
 # Between the parts of JSON: enough to write it in lines, too little for a model to get lost in.
-_JSON = {"whitespace_pattern": r" ?|\n {0,16}"}
+_JSON: Any = {"whitespace_pattern": r" ?|\n {0,16}"}
 LARGEST = 200_000  # characters of a schema or grammar
 MakeConstraint = Callable[[], Constraint]
 
