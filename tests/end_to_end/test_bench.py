@@ -69,7 +69,6 @@ def check(record: dict[str, Any], ranks: int) -> None:
         slow(1, ["--random", "tiny"]),
         slow(2, ["--model", "demo"]),
         (2, ["--random", "tiny"]),
-        slow(2, ["--random", "tiny-state"]),
     ],
 )
 def test_json(ranks: int, model: list[str]) -> None:

@@ -24,6 +24,13 @@ F32_TOLERANCE = 1e-4
 """Largest difference from transformers' float32 logits, which spread over about 10; 3e-5 is measured."""
 GREEDY = SamplingParams(temperature=0, max_tokens=GREEDY_TOKENS, ignore_eos=True)
 every_case = pytest.mark.parametrize("name", all_but(QUICK_FAMILIES, FAMILY_CASES))
+every_case_and_some_quantised = pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        *all_but([(name, "f32") for name in QUICK_FAMILIES], [(name, "f32") for name in FAMILY_CASES]),
+        *[slow(name, "q40") for name in QUICK_FAMILIES],
+    ],
+)
 Load = Callable[..., OneRank]
 
 
@@ -70,8 +77,7 @@ def test_the_references(name: str, chunk: int, load: Load) -> None:
     assert together[0].token_ids == reference.greedy.tolist()
 
 
-@every_case
-@pytest.mark.parametrize("weights", ["f32", slow("q40")])
+@every_case_and_some_quantised
 def test_company_and_chunks_change_no_token(name: str, weights: str, load: Load) -> None:
     case = FAMILY_CASES[name]
     alone = load(name, weights=weights)
@@ -81,8 +87,7 @@ def test_company_and_chunks_change_no_token(name: str, weights: str, load: Load)
     assert [result.token_ids for result in together.generate(prompts(case), GREEDY)] == ref
 
 
-@every_case
-@pytest.mark.parametrize("weights", ["f32", slow("q40")])
+@every_case_and_some_quantised
 def test_chunks_and_threads_change_no_bit(name: str, weights: str, load: Load) -> None:
     case = FAMILY_CASES[name]
     tokens = load_reference(case).tokens.tolist()
