@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.naive_layers import attention, rms_norm, rope_angles, rotate, silu_mul
+from tests.naive_layers import attention, rms_norm, rms_norm_in_order, rope_angles, rotate, silu_mul
 from tests.naive_numbers import Floats, Ints, half
 from tests.naive_products import matmul
 
@@ -57,7 +57,10 @@ class Model:
         return matmul(self.tensors[head], self.weights, self._norm(residual, "model.norm"))
 
     def _norm(self, x: Floats, name: str) -> Floats:
-        return rms_norm(x, self.tensors[f"{name}.weight"], self.config["rms_norm_eps"])
+        weight, eps = self.tensors[f"{name}.weight"], self.config["rms_norm_eps"]
+        if x.ndim > 2:  # of heads, which one rank alone looks at
+            return rms_norm(x, weight, eps)
+        return np.stack([rms_norm_in_order(row, weight, eps) for row in x])
 
     def _linear(self, x: Floats, name: str) -> Floats:
         y = matmul(self.tensors[f"{name}.weight"], self.weights, x)

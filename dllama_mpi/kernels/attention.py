@@ -33,9 +33,7 @@ from .layout import BLOCK, ROWS
 from .matmul import F32_TILES, float_rows
 from .parallel import run_parallel
 from .sampling import exponentials, largest
-from .simd import (
-    address,
-)
+from .simd import address
 from .widen import widen_keys, widen_values
 
 POSITIONS = 256  # positions in a block of the online softmax

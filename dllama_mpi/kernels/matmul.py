@@ -54,7 +54,7 @@ from .matrix import (
 from .simd import EmitterHere
 
 UNROLLED = 4  # columns of f16 and f32 tiles in a loop's body
-F32_TILES, F16_TILES = np.empty(0, np.float32), np.empty(0, np.uint16)  # what `float_rows` takes
+F32_TILES = np.empty(0, np.float32)  # the marker of `float_rows` for float32
 KERNELS = {f.kernel: f for f in FORMATS.values()}  # a format of each kernel: all of them have tiles of one size
 
 
@@ -374,8 +374,8 @@ def _float_rows(typingctx, marker, w, w_stride, first, last, blocks, x, x_stride
 def float_rows(marker, w, w_stride, first, last, blocks, x, x_stride, y, y_stride, tokens):
     """Multiply rows [first, last) of float16 or float32 tiles with float32 activations, on the calling thread.
 
-    marker: `F16_TILES` or `F32_TILES`. w: address of the matrix; w_stride: bytes from one row of tiles to the next;
-    blocks: tiles in a row. x: address of (tokens, 32 * blocks) float32, x_stride bytes apart. y: address of the
-    matrix's first output, float32; y_stride: bytes from one token's outputs to the next.
+    marker: an array of uint16, for float16 bits, or of float32. w: address of the matrix; w_stride: bytes from one row
+    of tiles to the next; blocks: tiles in a row. x: address of (tokens, 32 * blocks) float32, x_stride bytes apart. y:
+    address of the matrix's first output, float32; y_stride: bytes from one token's outputs to the next.
     """
     _float_rows(marker, w, w_stride, first, last, blocks, x, x_stride, y, y_stride, tokens)

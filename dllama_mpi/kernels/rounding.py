@@ -9,14 +9,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from . import lanes
-from .emitter import (
-    F16,
-    F32,
-    I8,
-    I64,
-    Emitter,
-    vector,
-)
+from .emitter import F16, F32, I8, I64, Emitter, vector
 from .layout import BLOCK, FORMATS, ROWS
 from .rounding_search import pack_iq4nl, pack_mxfp4, pack_q4m, value_of_q4m
 

@@ -19,7 +19,7 @@ from ..kernels.matrix import FIELDS, TILE_ROWS, Activations, expert_of, multiply
 from ..kernels.parallel import run_parallel
 from ..kernels.simd import address
 from .linear import NoMatrix, multiply
-from .mlp import MLPScratch, finish_inner, gated_mlp
+from .mlp import MLPScratch, add_biases, finish_inner, gated_mlp
 
 FEW_PAIRS = 16  # copying these costs less than a parallel region
 SOFTMAX, SIGMOID = 0, 1  # how scores come from the router's logits
@@ -223,13 +223,6 @@ def _gather_share(x, scratch, pairs, thread, threads):
 
 
 @inner
-def _add_expert_biases(biases, scratch, row, block):
-    for i in range(BLOCK * block, min(BLOCK * block + BLOCK, biases.shape[1])):
-        scratch.inner.values[row, i] += biases[0, i]
-        scratch.up[row, i] += biases[1, i]
-
-
-@inner
 def _gate_up_share(w, layer, x, scratch, thread, threads):
     """Do a thread's share of the blocks of 32 inner columns of all pairs: expert by expert, its pairs together."""
     mlp, starts, experts = scratch.mlp, scratch.starts, w.routing.experts
@@ -253,7 +246,7 @@ def _gate_up_share(w, layer, x, scratch, thread, threads):
             multiply_rows(m, one, two, x, first, n, address(mlp.up) + y, stride)
             for row in range(first, first + n):
                 if w.biases.size > 0:
-                    _add_expert_biases(w.biases[layer, e], mlp, row, block)
+                    add_biases(w.biases[layer, e], mlp, row, block)
                 finish_inner(mlp, w.activation, row, block)
 
 

@@ -54,7 +54,8 @@ def finish_inner(scratch, activation, row, block):
 
 
 @inner
-def _add_biases(biases, scratch, row, block):
+def add_biases(biases, scratch, row, block):
+    """Add the biases (2, n) of gate and up to 32 values of a row of each."""
     inner, up = scratch.inner.values, scratch.up
     for i in range(BLOCK * block, min(BLOCK * block + BLOCK, biases.shape[1])):
         inner[row, i] += biases[0, i]
@@ -71,7 +72,7 @@ def _gate_up_share(w, layer, x, scratch, tokens, thread, threads):
         multiply_rows(up, first, last, x, start, tokens, address(scratch.up), stride)
         for t in range(tokens):
             if w.biases.size > 0:
-                _add_biases(w.biases[layer], scratch, t, block)
+                add_biases(w.biases[layer], scratch, t, block)
             finish_inner(scratch, w.activation, t, block)
 
 

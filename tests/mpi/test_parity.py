@@ -15,7 +15,8 @@ from tests.tiers import QUICK_CASES, QUICK_FAMILIES, all_but, slow
 from tests.tiny_models.files import write_model
 from tests.tiny_models.tensors import text_config
 
-TOLERANCE = 2e-4  # of logits about 1 to 5 in size; the observed error is about 1e-5, once 1.05e-4
+TOLERANCE = 1e-4  # of logits about 1 to 5 in size; the observed error is about 1e-5
+LARGER = {"qwen3_5_moe_text": 2e-4}  # 7.4e-5 on one rank, 1.05e-4 on four
 
 
 def fits(name: str, ranks: int) -> bool:
@@ -41,7 +42,7 @@ def test_parity(ranks: int, name: str, models: Path) -> None:
         write_model(ALL_CASES[name], models / name)
     done = pool(ranks).run([str(ROOT / "tests/mpi/parity_job.py"), str(models), name])
     result = json.loads(done.stdout)
-    assert max(result["errors"].values()) < TOLERANCE, result["errors"]
+    assert max(result["errors"].values()) < LARGER.get(name, TOLERANCE), result["errors"]
     for how, tokens in result["greedy"].items():
         assert tokens == result["expected"], how
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import llvmlite.binding as llvm
@@ -26,6 +25,7 @@ from tests import naive_formats, naive_products
 from tests.naive_numbers import Floats
 from tests.tiers import QUICK_FORMATS, all_but
 from tests.unit import vector_code
+from tests.unit.other_process import run_with
 from tests.unit.vector_code import HOST, Compiled
 
 ROOT = Path(__file__).parents[2]
@@ -248,29 +248,12 @@ def test_float_kernels_multiply_by_a_lane_on_arm(isa: str, fmt: str) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def run_matmuls(python: str, isa: str, restrictions: dict[str, str]) -> None:
-    """Check a few matrix products of every format with an instruction set, in a new process."""
-    code = (
-        "from tests.unit import test_products; from dllama_mpi.kernels import runtime;"
-        "test_products.check_few_matmuls(); print(runtime.ISA)"
-    )
-    done = subprocess.run(
-        [python, "-W", "error", "-c", code],
-        env=os.environ | {runtime.ISA_VARIABLE: isa, "PYTHONPATH": str(ROOT)} | restrictions,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == isa
-
-
 @pytest.mark.slow  # kernels are compiled anew
 @pytest.mark.parametrize(("isa", "cpu"), [("avx2vnni", "alderlake"), ("avx2", "haswell")])
 def test_older_processors(isa: str, cpu: str) -> None:
     needs(isa)
-    run_matmuls(sys.executable, isa, {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""})
+    settings = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": ""}
+    run_with(isa, "test_products", "check_few_matmuls", settings=settings)
 
 
 def test_aarch64() -> None:
@@ -284,7 +267,7 @@ def test_aarch64() -> None:
         ).stdout.split()
         assert offered in (["neondot", "neon", "generic"], ["neon", "generic"])
         for isa in offered:
-            run_matmuls(python, isa, {})
+            run_with(isa, "test_products", "check_few_matmuls", python)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dllama_mpi.kernels import elementwise, runtime
+from dllama_mpi.kernels import elementwise
 from dllama_mpi.kernels.layout import BLOCK, FORMATS
 from dllama_mpi.kernels.matmul import described
 from dllama_mpi.kernels.matrix import FIELDS, Activations, Matrix, expert_of, multiply_rows
@@ -31,6 +27,7 @@ from tests.unit.kernel_inputs import (
     random,
     uneven,
 )
+from tests.unit.other_process import run_with
 
 every_format = pytest.mark.parametrize("fmt", FORMATS)
 
@@ -198,17 +195,4 @@ def check_few_matmuls() -> None:
 
 @pytest.mark.slow  # kernels are compiled anew
 def test_generic_instruction_set() -> None:
-    code = (
-        "from tests.unit import test_products; from dllama_mpi.kernels import runtime;"
-        "test_products.check_few_matmuls(); print(runtime.ISA)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env=os.environ | {runtime.ISA_VARIABLE: "generic"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "generic"
+    run_with("generic", "test_products", "check_few_matmuls")

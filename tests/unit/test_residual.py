@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +27,7 @@ from tests import naive_formats, naive_layers, naive_numbers, naive_payloads
 from tests.naive_numbers import Floats
 from tests.unit.kernel_inputs import NO_CODES, TOKENS, assert_q80_of, encoded, matmul, packed, q80_like, random, uneven
 from tests.unit.layer_inputs import routing_scratch
+from tests.unit.other_process import run_with
 
 EMPTY = np.zeros(0, np.float32)
 NOTHING = Sum(np.zeros(4, np.int64), EMPTY, EMPTY, 1.0)
@@ -238,12 +235,7 @@ def print_digests() -> None:
 
 def digests(isa: str) -> dict[str, Any]:
     """Return what a process with an instruction set computes."""
-    code = "from tests.unit import test_residual; test_residual.print_digests()"
-    env = os.environ | {runtime.ISA_VARIABLE: isa}
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(run_with(isa, "test_residual", "print_digests"))
     assert found["isa"] == isa
     return found
 

@@ -5,20 +5,16 @@ A sequence is fed in steps of several tokens, with other sequences around it; th
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from dllama_mpi.kernels import runtime
 from dllama_mpi.kernels.delta_net import DeltaNet, DeltaNetShape, DeltaNetState, delta_net_mix
 from dllama_mpi.kernels.short_conv import Runs, ShortConv, find_runs, short_conv_mix
 from tests import naive_state
 from tests.naive_numbers import Doubles, Floats
+from tests.unit.other_process import run_with
 
 Steps = list[list[tuple[int, int]]]
 
@@ -303,17 +299,4 @@ def check_few() -> None:
 
 @pytest.mark.slow  # kernels are compiled anew
 def test_generic_instruction_set() -> None:
-    code = (
-        "from tests.unit import test_state_kernels; from dllama_mpi.kernels import runtime;"
-        "test_state_kernels.check_few(); print(runtime.ISA)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env=os.environ | {runtime.ISA_VARIABLE: "generic"},
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "generic"
+    run_with("generic", "test_state_kernels", "check_few")
