@@ -183,6 +183,7 @@ class Keys:
 
 
 def short(value: Any) -> str:
+    """Return a value as a message names it, cut to 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 

@@ -17,22 +17,27 @@ COLUMN_BYTES = 4 * ROWS
 
 
 def of(value: float) -> ir.Constant:
+    """Return a float32 in all 16 lanes."""
     return constant(F32, ROWS, value)
 
 
 def words(value: int) -> ir.Constant:
+    """Return an int32 in all 16 lanes."""
     return constant(I32, ROWS, value)
 
 
 def octets(value: int) -> ir.Constant:
+    """Return an int8 64 times, as many as a chunk has bytes."""
     return constant(I8, 64, value)
 
 
 def load_column(e, x, index):
+    """Return the 16 weights of a column."""
     return e.load(e.b.add(x, e.b.mul(index, I64(COLUMN_BYTES))), LANES, COLUMN_BYTES)
 
 
 def store_column(e, x, index, values):
+    """Store the 16 weights of a column."""
     e.store(values, e.b.add(x, e.b.mul(index, I64(COLUMN_BYTES))), COLUMN_BYTES)
 
 
@@ -42,14 +47,17 @@ def each_column(e, x, state, body):
 
 
 def absolute(e, x):
+    """Return each lane's size."""
     return e.call(f"llvm.fabs.v{ROWS}f32", LANES, x)
 
 
 def larger(e, x, y):
+    """Return the larger of two lanes; y where one is NaN."""
     return e.b.select(e.b.fcmp_ordered(">", x, y), x, y)
 
 
 def smaller(e, x, y):
+    """Return the smaller of two lanes; y where one is NaN."""
     return e.b.select(e.b.fcmp_ordered("<", x, y), x, y)
 
 
@@ -72,10 +80,12 @@ def inverse_of(e, x):
 
 
 def store_halves(e, values, tile):
+    """Store 16 scales as float16 where a tile begins."""
     e.store(e.b.fptrunc(values, vector(F16, ROWS)), tile, 1)
 
 
 def load_halves(e, tile):
+    """Return the 16 float16 scales that a tile begins with, as float32."""
     return e.b.fpext(e.load(tile, vector(F16, ROWS), 1), LANES)
 
 

@@ -194,6 +194,7 @@ def pack_q4m(e, _fmt, x, tile, row_scales):
 
 
 def value_of_q4m(e, _fmt, tile, row_scales):
+    """Return what emits the values D * (s * code - 8 * m) of 16 codes, in float32, of a tile at an address."""
     b = e.b
     s, m = (
         b.sitofp(b.zext(e.load(b.add(tile, I64(start)), vector(I8, ROWS), 1), lanes.WORDS), lanes.LANES)
