@@ -34,7 +34,7 @@ from report import (
 from dllama_mpi.kernels import runtime
 from dllama_mpi.kernels.attention import Heads, KVLayer, attention
 from dllama_mpi.kernels.elementwise import quantise
-from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS, TileFormat, aligned_empty, ceil_to
+from dllama_mpi.kernels.layout import BLOCK, FORMATS, PAGE, ROWS, TileFormat, aligned_empty, ceil_div, ceil_to
 from dllama_mpi.kernels.matrix import Matrix, activations, expert_of
 from dllama_mpi.kernels.probe import ReadProbe
 from dllama_mpi.log import progress
@@ -148,11 +148,13 @@ def attentions(
     cache = _cache(replace(config, layers=config.layers * layers), shard, kv_type)
     shape = Heads(dim, 0, query_heads, query_heads // kv_heads, 0, dim**-0.5, 0.0)
     rng, none = np.random.default_rng(0), np.zeros(0, np.float32)
+    table = np.arange(cache[0].keys.shape[0], dtype=np.int32)[None]
     for depth in depths:
         for tokens in counts:
             queries = rng.standard_normal((tokens, query_heads * dim), np.float32)
             positions = np.arange(depth, depth + tokens, dtype=np.int32)
-            step = Step(np.zeros(tokens, np.int32), positions, np.ones(tokens, np.float32), NO_TURNS, NO_TURNS, 0)
+            zeros, ones = np.zeros(tokens, np.int32), np.ones(tokens, np.float32)
+            step = Step(zeros, positions, table, ones, NO_TURNS, NO_TURNS, 0)
             out = np.zeros_like(queries)
 
             def run(q: np.ndarray = queries, step: Step = step, out: np.ndarray = out) -> None:
@@ -168,7 +170,7 @@ def attentions(
 def _cache(config: ModelConfig, shard: Shard, kv_type: str) -> list[KVLayer]:
     """Return the KV cache of each layer, filled with random values."""
     formats, positions = WeightRecipe.parse("q40").formats(config), config.max_position_embeddings
-    buffers = Buffers(config, shard, formats, Sizes(1, 1, positions, kv_type))
+    buffers = Buffers(config, shard, formats, Sizes(1, 1, ceil_div(positions, PAGE), kv_type))
     (run,), rng = buffers.runs, np.random.default_rng(0)
     memory = buffers.memory(run, Maker())
     for part in memory[1:]:

@@ -15,6 +15,7 @@ from typing import Any
 from report import add_output_options, finish, say_table
 
 from dllama_mpi.cli.options import add_model_options, load, number, read_text
+from dllama_mpi.engine.engine import Engine
 from dllama_mpi.engine.llm import LLM
 from dllama_mpi.engine.request import SamplingParams
 from dllama_mpi.engine.stats import Stats
@@ -47,20 +48,25 @@ def prompts(args: argparse.Namespace) -> dict[str, str]:
 
 def generate(llm: LLM, prompt: str, params: SamplingParams, speculate: bool) -> tuple[list[int], dict[str, Any]]:
     """Return the tokens of one generation, and its figures."""
-    stats, request = Stats(), llm.request(prompt, params)
+    engine = llm.engine
     if not speculate:
-        request.lookup = None
+        engine = Engine(engine.runner, llm.group, engine.context, engine.scheduler.limits)
+    stats, (request, _), tokens = Stats(), llm.request(prompt, params), list[int]()
+    engine.scheduler.forget()
     before = llm.group.traffic.sent
-    for _ in llm.engine.run([request], stats):
-        pass
+    engine.add(request)
+    while not engine.is_idle:
+        tokens += (token for output in engine.step() for token in output.token_ids)
+        if engine.last_step is not None:
+            stats.take(engine.last_step)
     decode = stats.to_dict()["decode"]
     drafts = stats.speculation()
-    return request.output_ids, {
+    return tokens, {
         "tokens_per_second": decode["tokens_per_second"],
         "tokens_per_step": decode["tokens"] / decode["steps"],
         "acceptance_rate": drafts["acceptance_rate"],
         "sync_share": decode["sync_ms"] / (decode["sync_ms"] + decode["compute_ms"]),
-        "sent_kb_per_token": (llm.group.traffic.sent - before) / 1e3 / len(request.output_ids),
+        "sent_kb_per_token": (llm.group.traffic.sent - before) / 1e3 / len(tokens),
     }
 
 

@@ -4,6 +4,7 @@ DllamaError
 ├── UsageError      arguments and options
 ├── ModelError      a model's files and what they describe
 ├── RequestError    one prompt or its sampling parameters; the program lives on
+│   └── QueueFull   too many requests wait
 └── ClusterError    ranks, hosts, launchers and memory
 
 The command line prints such an error once and ends every rank with exit status 2. Anything else is a fault
@@ -31,6 +32,10 @@ class ModelError(DllamaError):
 
 class RequestError(DllamaError):
     """A prompt or sampling parameter outside its limits."""
+
+
+class QueueFull(RequestError):
+    """As many requests wait as may; the same request can be made later."""
 
 
 class ClusterError(DllamaError):

@@ -29,12 +29,14 @@ class OneRank(LLM):
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # as in LLM
-        self, prompt: Prompt, params: SamplingParams | None = None
+        self, prompt: Prompt, params: SamplingParams | None = None, *, measure_links: bool = False
     ) -> Generation: ...
     @overload
-    def generate(self, prompt: Sequence[Prompt], params: SamplingParams | None = None) -> list[Generation]: ...
-    def generate(self, prompt: Any, params: SamplingParams | None = None) -> Any:
-        return there(super().generate(prompt, params))
+    def generate(
+        self, prompt: Sequence[Prompt], params: SamplingParams | None = None, *, measure_links: bool = False
+    ) -> list[Generation]: ...
+    def generate(self, prompt: Any, params: SamplingParams | None = None, *, measure_links: bool = False) -> Any:
+        return there(super().generate(prompt, params, measure_links=measure_links))
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         return there(super().logits(token_ids))

@@ -19,11 +19,13 @@ from . import (
     info,
     perplexity,
     plan,
+    serve,
 )
 
 COMMANDS: dict[str, Any] = {
     "generate": generate,
     "chat": chat,
+    "serve": serve,
     "convert": convert,
     "perplexity": perplexity,
     "bench": bench,

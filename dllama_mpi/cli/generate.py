@@ -58,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
     llm = load(args, group)
     with group.together():
         params = sampling(args, llm.folder, DEFAULT_STEPS) if group.is_root else None
-    llm.engine.measures_links = args.stats
     stats, interrupted = Stats(), False
 
     def stop() -> None:
@@ -68,12 +67,12 @@ def run(args: argparse.Namespace) -> int:
 
     with on_interrupt(stop):
         if args.json:
-            result = llm.generate(prompt, params)
+            result = llm.generate(prompt, params, measure_links=args.stats)
             if result is not None:
                 stats = result.stats
                 print(json.dumps(_report(args, llm, result), ensure_ascii=False))
         else:
-            for piece in llm.stream(prompt, params, stats):
+            for piece in llm.stream(prompt, params, stats, measure_links=args.stats):
                 print(piece, end="", flush=True)
             if llm.is_root:
                 print(flush=True)

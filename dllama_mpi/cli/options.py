@@ -107,6 +107,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="positions of the context (default: the model's, or what fits in memory)",
     )
     add_kv_type_option(group)
+    group.add_argument(
+        "--kv-memory",
+        type=number(float, 0, above=True),
+        metavar="GB",
+        help="memory of each rank's KV cache, which all sequences share (default: what so many sequences of"
+        " --max-seq-len can need, or what is free)",
+    )
     group = parser.add_argument_group("cluster")
     group.add_argument(
         "--buffer-float-type",
@@ -221,15 +228,15 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ignore-eos", action="store_true", help="go on after the model's stop tokens")
 
 
-def load(args: argparse.Namespace, group: TensorParallelGroup, max_batch: int = 1) -> LLM:
-    """Build the model that the options describe."""
+def load(args: argparse.Namespace, group: TensorParallelGroup, max_batch: int = 1, **more: Any) -> LLM:
+    """Build the model that the options describe; `more` are fields of `Options` that not every command has."""
     from ..engine.llm import LLM
 
     names = "tokenizer weights max_seq_len kv_type buffer_float_type sync nthreads split prefill_chunk bind timeout"
-    names += " cache_dir cache_limit"
+    names += " cache_dir cache_limit kv_memory"
     options = {name: getattr(args, name) for name in names.split()}
     options["speculate"] = getattr(args, "speculate", None)  # not every command generates text
-    return LLM(args.model, group=group, quiet=False, max_batch=max_batch, **options)
+    return LLM(args.model, group=group, quiet=False, max_batch=max_batch, **options, **more)
 
 
 def sampling(args: argparse.Namespace, folder: Path, steps: int | None) -> SamplingParams:

@@ -22,13 +22,15 @@ class Candidates:
     Attributes:
         ids, logits: best first, ties by lower id; logits as float64, penalties applied, temperature not.
         floor: no token outside `ids` has a logit above it; -inf if `ids` is the whole vocabulary.
-        log_sum: log-sum-exp of all logits / temperature (of the logits as they are when temperature is 0).
+        log_sum: log-sum-exp of all logits / temperature; -inf when temperature is 0.
+        log_sum_plain: the same of the logits as they are, where it was asked for.
     """
 
     ids: np.ndarray
     logits: np.ndarray
     floor: float
     log_sum: float
+    log_sum_plain: float = NEVER
 
 
 def penalise(logits: np.ndarray, row: np.void, history: np.ndarray, first_id: int) -> None:
@@ -50,39 +52,42 @@ def penalise(logits: np.ndarray, row: np.void, history: np.ndarray, first_id: in
 
 
 def local_best(logits: np.ndarray, rows: np.ndarray, first_id: int) -> np.ndarray:
-    """Return this rank's part of every row's candidates as float64 (rows, 2 + 2 * k).
+    """Return this rank's part of every row's candidates as float64 (rows, 3 + 2 * k).
 
     logits: (rows, the rank's ids) float32; k: the largest that any row wants. A row holds the floor, the
-    log-sum-exp, k ids and k logits; places that the rank cannot fill hold id -1.
+    log-sum-exp at its temperature and at 1, k ids and k logits; places that the rank cannot fill hold id -1.
     """
     k = int(rows["k"].max(initial=1))
-    answer = np.full((len(rows), 2 + 2 * k), NEVER)
+    answer = np.full((len(rows), 3 + 2 * k), NEVER)
     count = min(k, logits.shape[1])
     ids, values = np.empty(count, np.int64), np.empty(count, np.float32)
     for out, row, own in zip(answer, rows, logits, strict=True):
-        out[2 : 2 + k] = -1
+        out[3 : 3 + k] = -1
         if count:
             top_k(own, ids, values)
-            out[2 : 2 + count], out[2 + k : 2 + k + count] = ids + first_id, values
+            out[3 : 3 + count], out[3 + k : 3 + k + count] = ids + first_id, values
         out[0] = values[-1] if logits.shape[1] > count else NEVER
         out[1] = log_sum_exp(own, float(row["temperature"])) if row["temperature"] > 0 else NEVER
+        out[2] = log_sum_exp(own, 1.0) if row["logprobs"] else NEVER
     return answer
 
 
 def merge(parts: list[np.ndarray]) -> list[Candidates]:
     """Return the candidates of every row from all ranks' `local_best`."""
     merged = []
-    for row in np.stack(parts, axis=1):  # (ranks, 2 + 2k)
-        k = (row.shape[1] - 2) // 2
-        ids, logits = row[:, 2 : 2 + k].ravel().astype(np.int64), row[:, 2 + k :].ravel()
+    for row in np.stack(parts, axis=1):  # (ranks, 3 + 2k)
+        k = (row.shape[1] - 3) // 2
+        ids, logits = row[:, 3 : 3 + k].ravel().astype(np.int64), row[:, 3 + k :].ravel()
         ids, logits = ids[ids >= 0], logits[ids >= 0]
         order = np.lexsort((ids, -logits))
         floor = float(row[:, 0].max())
-        merged.append(Candidates(ids[order], logits[order], floor, float(np.logaddexp.reduce(row[:, 1]))))
+        sums = (float(np.logaddexp.reduce(row[:, i])) for i in (1, 2))
+        merged.append(Candidates(ids[order], logits[order], floor, *sums))
     return merged
 
 
 def whole(logits: np.ndarray, temperature: float) -> Candidates:
     """Return the candidates of one row of all logits (vocabulary,) float32."""
     order = np.lexsort((np.arange(logits.size), -logits))
-    return Candidates(order, logits[order].astype(np.float64), NEVER, log_sum_exp(logits, temperature or 1.0))
+    sums = log_sum_exp(logits, temperature or 1.0), log_sum_exp(logits, 1.0)
+    return Candidates(order, logits[order].astype(np.float64), NEVER, *sums)

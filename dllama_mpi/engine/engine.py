@@ -2,66 +2,203 @@
 
 from __future__ import annotations
 
+import itertools
+import secrets
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
 
 import numpy as np
 
+from ..errors import QueueFull, RequestError
 from ..parallel.connection import Phase
 from ..parallel.group import TensorParallelGroup
 from ..parallel.star import measure_star
 from .candidates import Candidates, merge, whole
+from .lookup import Lookup
+from .plan import Plan
 from .rank_report import reports
-from .request import Sequence
+from .request import Output, Request, SamplingParams, is_integer
 from .runner import Runner
-from .sampler import choose, wanted
-from .scheduler import Plan, Scheduler
-from .stats import Stats, StepStats
-from .step import ROW, Command, Step, Want
+from .sampler import choose, logprobs_of, row_of
+from .scheduler import Limits, Scheduler
+from .sequence import Sequence
+from .stats import EngineStats, SequenceStats, Stats, StepStats
+from .step import BIAS, ROW, Command, Step, Want
+
+
+@dataclass(frozen=True)
+class Context:
+    """What requests must keep to: ids below vocab_size, max_seq_len tokens, max_queue that wait (None: any number)."""
+
+    vocab_size: int
+    max_seq_len: int
+    max_queue: int | None = None
 
 
 class Engine:
-    """Runs on rank 0 and orders the workers about; every other rank is in `worker.serve` meanwhile."""
+    """Runs on rank 0 and orders the workers about; every other rank is in `worker.serve` meanwhile.
 
-    def __init__(self, runner: Runner, group: TensorParallelGroup, vocab_size: int, scheduler: Scheduler) -> None:
-        self.runner, self.group, self.vocab_size, self.scheduler = runner, group, vocab_size, scheduler
-        self.measures_links = False  # at the end of each call
+    `add`, `cancel`, `wait`, `snapshot` and `is_idle` may be used by any thread, and by signal handlers; `step` and the
+    others by one thread only.
 
-    def run(self, sequences: list[Sequence], stats: Stats) -> Iterator[tuple[Sequence, int, str]]:
-        """Generate until all sequences are finished; yield (sequence, token, finished text) for each token.
+    Attributes:
+        last_step: figures of the last step, or None if there was nothing to do.
+    """
 
-        A sequence whose finish_reason is set from outside is dropped at the next step.
+    def __init__(
+        self,
+        runner: Runner,
+        group: TensorParallelGroup,
+        context: Context,
+        limits: Limits,
+        drafter: Callable[[], Lookup] | None = None,
+    ) -> None:
+        """Make an engine. drafter: makes what drafts a request's tokens; None: no speculation."""
+        self.runner, self.group, self.context = runner, group, context
+        self.scheduler = Scheduler(limits)
+        self.last_step: StepStats | None = None
+        self._drafter = drafter
+        self._ids = itertools.count(1)
+        self._changed = threading.Condition(threading.RLock())
+        self._inbox: deque[Sequence | int] = deque()  # requests, and the ids of those to cancel
+        self._sequences: dict[int, Sequence] = {}
+        self._prompt_tokens = self._output_tokens = self._full_gathers = 0
+        self._stats = self._count()
+
+    # ---- from any thread
+
+    def add(self, request: Request) -> int:
+        """Queue a request; return its id, by which its outputs are known.
+
+        Raises:
+            RequestError: no tokens, ids out of range, or a prompt longer than the context. QueueFull: try later.
         """
-        for sequence in sequences:
-            self.scheduler.add(sequence)
-        stats.prompt_tokens += sum(s.prompt_length for s in sequences)
-        stats.speculates = stats.speculates or any(s.lookup is not None for s in sequences)
-        started = time.perf_counter()
-        try:
-            while (plan := self.scheduler.next_plan()) is not None:
-                for sequence, token, piece in self._step(plan, stats):
-                    if stats.first_token_seconds is None:
-                        stats.first_token_seconds = time.perf_counter() - started
-                    stats.output_tokens += 1
-                    yield sequence, token, piece
-        finally:
-            self.scheduler.clear()
-            self.group.watchdog.tell(Phase.IDLE)
+        self.check(request.token_ids, request.params)
+        p, seed = request.params, request.params.seed
+        n, most = len(request.token_ids), self.context.max_seq_len
+        limit = most if p.max_tokens is None else min(most, n + p.max_tokens)
+        rng = np.random.default_rng(secrets.randbits(64) if seed is None else seed)
+        drafter = self._drafter if request.constraint is None else None
+        lookup = drafter() if drafter is not None else None
+        with self._changed:
+            waiting, allowed = self._waiting(), self.context.max_queue
+            if allowed is not None and waiting >= allowed:
+                raise QueueFull(f"{waiting} requests wait, as many as may; try again later or raise --max-queue")
+            sequence = Sequence(next(self._ids), request, limit, rng, lookup)
+            self._inbox.append(sequence)
+            self._changed.notify_all()
+        return sequence.id
 
-    def _step(self, plan: Plan, stats: Stats) -> list[tuple[Sequence, int, str]]:
+    def check(self, token_ids: Collection[int], params: SamplingParams | None = None) -> None:
+        """Check a prompt, and the token ids among parameters.
+
+        Raises:
+            RequestError: no tokens, ids out of range, or a prompt longer than the context.
+        """
+        ids, size, most = token_ids, self.context.vocab_size, self.context.max_seq_len
+        if not ids:
+            raise RequestError("the prompt has no tokens; give at least one")
+        for token in itertools.chain(ids, params.logit_bias if params is not None else ()):
+            if not is_integer(token):
+                raise RequestError(f"token id {token!r} is no integer")
+            if not 0 <= token < size:
+                raise RequestError(f"token id {token} is out of range; the vocabulary has ids 0 to {size - 1}")
+        if len(ids) > most:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens; the context holds {most}; shorten it or raise --max-seq-len"
+            )
+
+    def cancel(self, request_id: int) -> None:
+        """End a request before the next step, with finish_reason "abort"; without effect once it is over."""
+        with self._changed:
+            self._inbox.append(request_id)
+            self._changed.notify_all()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do: nothing runs or waits."""
+        return not self._inbox and not self._sequences
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Sleep until there is something to do, or for `timeout` seconds."""
+        with self._changed:
+            if self.is_idle:
+                self._changed.wait(timeout)
+
+    def snapshot(self) -> EngineStats:
+        """Return figures as of the last step."""
+        return self._stats
+
+    def _waiting(self) -> int:
+        return len(self.scheduler.waiting) + sum(isinstance(each, Sequence) for each in list(self._inbox))
+
+    # ---- steps
+
+    def step(self) -> list[Output]:
+        """Make one step on all ranks; return what it gave, nothing where there was nothing to do."""
+        self.last_step = None
+        try:
+            self._take_inbox()
+            plan = self.scheduler.next_plan()
+            if plan is not None:
+                self._carry_out(plan)
+        except BaseException:
+            self.reset()
+            raise
+        outputs = [output for s in self._sequences.values() if (output := s.take_output()) is not None]
+        for output in outputs:
+            if output.finish_reason is not None:
+                self.scheduler.remove(self._sequences.pop(output.id))
+        self._stats = self._count()
+        if not self._sequences:
+            self.group.watchdog.tell(Phase.IDLE)
+        return outputs
+
+    def drop(self) -> None:
+        """End every request without a word; what is computed of them stays of use."""
+        self._inbox.clear()
+        for sequence in self._sequences.values():
+            self.scheduler.remove(sequence)
+        self._sequences.clear()
+        self._stats = self._count()
+        self.group.watchdog.tell(Phase.IDLE)
+
+    def reset(self) -> None:
+        """Drop every request without a word, and what is remembered of former ones."""
+        self._inbox.clear()
+        self._sequences.clear()
+        self.scheduler.reset()
+        self._stats = self._count()
+        self.group.watchdog.tell(Phase.IDLE)
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            each = self._inbox.popleft()
+            if isinstance(each, Sequence):
+                self._sequences[each.id] = each
+                self._prompt_tokens += each.prompt_length
+                if each.finish_reason is None:
+                    self.scheduler.add(each)
+            elif (sequence := self._sequences.get(each)) is not None and sequence.finish_reason is None:
+                sequence.finish_reason = "abort"
+                self.scheduler.remove(sequence)
+
+    def _carry_out(self, plan: Plan) -> None:
         traffic, begun = self.group.traffic, time.perf_counter()
         waited, sent, received = traffic.seconds, traffic.sent, traffic.received
-        rows = np.zeros(len(plan.sequences), ROW)
-        for row, sequence in zip(rows, plan.sequences, strict=True):
-            p = sequence.params
-            row["k"], row["prompt"] = wanted(p, self.vocab_size), sequence.prompt_length
-            row["temperature"], row["repeat"] = p.temperature, p.repeat_penalty
-            row["presence"], row["frequency"] = p.presence_penalty, p.frequency_penalty
-        answers = self._order(Step(plan.batch, rows, Want.CANDIDATES))
+        size = self.context.vocab_size
+        rows = np.array([row_of(s.params, s.prompt_length, size) for s in plan.sequences], ROW)
+        biases = [(i, *each) for i, s in enumerate(plan.sequences) for each in s.params.logit_bias.items()]
+        answers = self._order(Step(plan.batch, rows, Want.CANDIDATES, np.array(biases, BIAS), *_masks(plan)))
         plan.commit()
-        drafted = sum(draft >= 0 for draft in plan.drafts)
-        taken, accepted = self._take(plan, answers, stats)
-        step = StepStats(
+        gathers, drafted = self._full_gathers, sum(draft >= 0 for draft in plan.drafts)
+        outputs, accepted = self._take(plan, answers)
+        self.scheduler.settle(plan)
+        self._output_tokens += outputs
+        self.last_step = step = StepStats(
             tokens=plan.batch.tokens - (drafted - accepted),
             seconds=time.perf_counter() - begun,
             sync_seconds=traffic.seconds - waited,
@@ -69,55 +206,45 @@ class Engine:
             received=traffic.received - received,
             drafted=drafted,
             accepted=accepted,
+            prompt=plan.prompt,
+            full_gathers=self._full_gathers - gathers,
         )
-        (stats.prefill if plan.is_prefill else stats.decode).append(step)
-        if stats.speculates and not plan.is_prefill:
+        self.scheduler.budget.observe(plan.prompt, plan.generating, step.seconds)
+        if self._drafter is not None and not plan.is_prefill:
             self.scheduler.draft_cost.observe(drafted, step.seconds)
-        return taken
 
-    def _take(self, plan: Plan, answers: list[np.ndarray], stats: Stats) -> tuple[list[tuple[Sequence, int, str]], int]:
-        """Choose each row's token; return what the sequences took, with its text, and how many drafts were right.
+    def _take(self, plan: Plan, answers: list[np.ndarray]) -> tuple[int, int]:
+        """Choose each row's token; return how many the sequences took, and how many drafts were right.
 
         Drafts change no distribution: a token is drawn as without them, and the row after a draft counts only where
         the draft is what was drawn.
         """
-        taken, accepted, counts, previous = [], 0, True, -1
+        taken, accepted, counts, previous = 0, 0, True, -1
         rows = zip(plan.sequences, plan.drafts, merge(answers), strict=True) if plan.sequences else ()
-        for i, (sequence, draft, candidates) in enumerate(rows):
+        for i, (s, draft, candidates) in enumerate(rows):
             if previous < 0 or counts:
-                token = self._choose(sequence, candidates, i, stats)
-                taken.append((sequence, token, sequence.append(token)))
-                accepted += token == draft
-                sequence.computed += token == draft
-                counts = token == draft and sequence.finish_reason is None
+                token, used = self._choose(s, candidates, i)
+                s.append(token, None if s.params.logprobs is None else logprobs_of(used, token, s.params.logprobs))
+                taken, accepted = taken + 1, accepted + (token == draft)
+                s.computed += token == draft
+                s.accepted += token == draft
+                counts = token == draft and s.finish_reason is None
             previous = draft
         return taken, accepted
 
-    def _choose(self, sequence: Sequence, candidates: Candidates, index: int, stats: Stats) -> int:
-        greedy = sequence.params.temperature == 0
-        value = 0.0 if greedy else float(sequence.rng.random())
-        token = choose(candidates, sequence.params, value)
+    def _choose(self, s: Sequence, candidates: Candidates, index: int) -> tuple[int, Candidates]:
+        """Return a row's token, and the candidates it was chosen from."""
+        value = 0.0 if s.params.temperature == 0 else float(s.rng.random())
+        token = choose(candidates, s.params, value)
         if token is None:
-            stats.full_gathers += 1
+            self._full_gathers += 1
             self.group.send_command(Command.FULL_LOGITS, np.int32(index).tobytes())
             parts = self.runner.full_logits(index)
             assert parts is not None
-            token = choose(whole(np.concatenate(parts), sequence.params.temperature), sequence.params, value)
+            candidates = whole(np.concatenate(parts), s.params.temperature)
+            token = choose(candidates, s.params, value)
             assert token is not None
-        return token
-
-    def logits(self, plan: Plan) -> np.ndarray:
-        """Return all logits (rows, vocabulary) float32 of a batch."""
-        answers = self._order(Step(plan.batch, np.zeros(len(plan.batch.logit_rows), ROW), Want.FULL))
-        return np.concatenate(answers, axis=1)
-
-    def scores(self, plan: Plan, targets: np.ndarray) -> np.ndarray:
-        """Return the natural log-probability (rows,) float64 of a target token for each logit row of a batch."""
-        rows = np.zeros(len(targets), ROW)
-        rows["target"] = targets
-        parts = np.stack(self._order(Step(plan.batch, rows, Want.SCORES)))
-        scores: np.ndarray = parts[:, :, 1].max(axis=0) - np.logaddexp.reduce(parts[:, :, 0], axis=0)
-        return scores
+        return token, candidates
 
     def _order(self, step: Step) -> list[np.ndarray]:
         self.group.send_command(Command.STEP, step.to_bytes())
@@ -125,10 +252,66 @@ class Engine:
         assert answers is not None
         return answers
 
-    def times(self, stats: Stats) -> None:
+    # ---- a text by itself
+
+    def logits(self, token_ids: list[int]) -> np.ndarray:
+        """Return all logits (tokens, vocabulary) float32 of a text.
+
+        Raises:
+            RequestError: running requests hold the memory that it needs.
+        """
+        parts = [self._order(Step.of(batch, Want.FULL)) for batch in self.scheduler.batches(token_ids)]
+        self.group.watchdog.tell(Phase.IDLE)
+        return np.concatenate([np.concatenate(answers, axis=1) for answers in parts])
+
+    def scores(self, token_ids: list[int]) -> np.ndarray:
+        """Return the natural log-probability (tokens - 1,) float64 of each token of a text but the first.
+
+        Raises:
+            RequestError: running requests hold the memory that it needs.
+        """
+        scores, targets = [np.zeros(0)], np.array(token_ids, np.int32)
+        for batch in self.scheduler.batches(token_ids[:-1]):
+            step = Step.of(batch, Want.SCORES)
+            step.rows["target"] = targets[batch.positions + 1]
+            parts = np.stack(self._order(step))
+            scores.append(parts[:, :, 1].max(axis=0) - np.logaddexp.reduce(parts[:, :, 0], axis=0))
+        self.group.watchdog.tell(Phase.IDLE)
+        return np.concatenate(scores)
+
+    # ---- figures
+
+    def times(self, stats: Stats, measure_links: bool = False) -> None:
         """Ask every rank what it did since the last time, and put that into the statistics."""
-        self.group.send_command(Command.TIMES, bytes([self.measures_links]))
+        self.group.send_command(Command.TIMES, bytes([measure_links]))
         stats.payload, stats.sync = self.group.payload, self.group.choices
         times = self.group.allgather(self.runner.watch.report())
         hosts = self.group.hosts
-        stats.ranks = reports(hosts, times, measure_star(self.group.comm, hosts) if self.measures_links else None)
+        stats.ranks = reports(hosts, times, measure_star(self.group.comm, hosts) if measure_links else None)
+
+    def _count(self) -> EngineStats:
+        scheduler, pages = self.scheduler, self.scheduler.pages
+        return EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            pages_total=pages.count,
+            pages_used=pages.used,
+            pages_cached=pages.cached,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=scheduler.cached_tokens,
+            output_tokens=self._output_tokens,
+            preemptions=scheduler.preemptions,
+            sequences=tuple(
+                SequenceStats(s.id, s.slot, s.prompt_length, s.computed, len(s.tokens) - s.prompt_length, s.runs)
+                for s in self._sequences.values()
+            ),
+        )
+
+
+def _masks(plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """Return which rows of a step are constrained, and their masks."""
+    found = [(i, s.request.constraint) for i, s in enumerate(plan.sequences)]
+    masked = [(i, constraint.mask()) for i, constraint in found if constraint is not None]
+    if not masked:
+        return np.zeros(0, np.int32), np.zeros((0, 0), np.uint32)
+    return np.array([i for i, _ in masked], np.int32), np.stack([mask for _, mask in masked])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import secrets
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +17,6 @@ from ..errors import DllamaError, ModelError, RequestError
 from ..kernels import runtime
 from ..kernels.layout import BLOCK, ceil_to
 from ..log import progress, say
-from ..model.batch import Batch
 from ..model.buffers import Sizes
 from ..model.build import load
 from ..model.config import ModelConfig
@@ -25,7 +24,7 @@ from ..model.transformer import Rank, Transformer
 from ..parallel.connection import Phase
 from ..parallel.group import TensorParallelGroup, connect
 from ..parallel.partition import AUTO, parse_split
-from ..startup.memory import available_bytes, fitting_positions
+from ..startup.memory import Room, available_bytes, fitting
 from ..startup.opening import RANDOM, ModelFiles, declared_stop_ids, model_folder, open_model
 from ..startup.options import Kept, Options
 from ..startup.placement import Placement, Wanted, manifest_of
@@ -37,17 +36,18 @@ from ..text.tokenizer import Tokenizer
 from ..weights.cache import WeightCache, folder_of
 from ..weights.slices import Manifest
 from ..weights.source import WeightSource
-from .engine import Engine
+from .completion import Completion
+from .engine import Context, Engine
 from .lookup import MOST_DRAFTS, Lookup
-from .request import SamplingParams
-from .request import Sequence as Request
+from .request import Request, RequestStats, SamplingParams, TokenLogprobs, are_several, is_integer, shown
 from .runner import Runner
-from .scheduler import Plan, Scheduler
+from .scheduler import Limits
 from .stats import Stats
 from .step import Command
 from .worker import serve
 
 Prompt = str | Sequence[int]
+_DRAFTED = 4  # sequences for whose drafts there is room in a step
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,16 @@ class Generation:
 
     Attributes:
         token_ids: generated tokens, a final stop token left out. text: their text, cut at a stop string.
-        finish_reason: "stop", "length" or "abort". stats: figures of the whole call.
+        finish_reason: "stop", "length" or "abort". stats: figures of the whole call. usage: of this request.
+        logprobs: of each token, if the parameters ask for them.
     """
 
     token_ids: list[int]
     text: str
     finish_reason: str
     stats: Stats
+    usage: RequestStats
+    logprobs: list[TokenLogprobs] | None = None
 
 
 class LLM:
@@ -103,8 +106,10 @@ class LLM:
         kept = Kept.of(self.formats, o.kv_type, o.buffer_float_type, o.sync)
         self.kv_type, self.weights = kept.kv_type, kept.weights(c)
         self.speculates = o.speculate == "lookup"
-        tokens = o.prefill_chunk + o.max_batch * (1 + MOST_DRAFTS * self.speculates)
-        self.memory = MemoryPlan(c, kept, tokens, o.max_batch, o.max_seq_len)
+        drafts = MOST_DRAFTS * min(o.max_batch, _DRAFTED) * self.speculates
+        tokens = o.prefill_chunk + o.max_batch + drafts
+        kv_bytes = None if o.kv_memory is None else int(1e9 * o.kv_memory)
+        self.memory = MemoryPlan(c, kept, tokens, o.max_batch, o.max_seq_len, kv_bytes)
         if o.split == AUTO and self.group.size > 1:
             self._share_out()
         rank = Rank(self.group, self.shards[self.group.rank], self.formats, self.threads)
@@ -116,17 +121,23 @@ class LLM:
 
         wanted = Wanted(self.folder, c, manifest, self.shards, o.split)
         with Placement(self.group, wanted, opened, self._weight_cache(), o.quiet) as placement:
-            self.max_seq_len = self._positions(placement.origin.in_memory)
+            room = self._room(placement.origin.in_memory)
+            self.max_seq_len, self.pages = room.positions, room.pages
             self._model = placement.load(build)
             self.origins = placement.origins
         width = ceil_to(c.hidden_size, BLOCK)
         partial = self.group.prepare_all_reduce(tokens, width, kept.payload, o.sync)
         with self.group.together():
-            self._model.allocate(partial, Sizes(tokens, o.max_batch, self.max_seq_len, self.kv_type))
-        self._runner = Runner(self._model, self.group, o.max_batch, self.max_seq_len)
-        scheduler = Scheduler(o.max_batch, o.prefill_chunk, rewinds=not c.has_state)
-        self.engine = Engine(self._runner, self.group, c.vocab_size, scheduler)
+            self._model.allocate(partial, Sizes(tokens, self.memory.slots, self.pages, self.kv_type))
+        self._runner = Runner(self._model, self.group)
+        slots = self.memory.slots if c.has_state else 0
+        limits = Limits(
+            o.max_batch, self.pages, o.prefill_chunk, drafts, slots, c.can_reuse, o.step_limit, o.responsive
+        )
+        context = Context(c.vocab_size, self.max_seq_len, o.max_queue)
+        self.engine = Engine(self._runner, self.group, context, limits, Lookup if self.speculates else None)
         self._in_session = False
+        self._active: list[int] = []  # the requests of the call that is being made
         self.group.watchdog.tell(Phase.IDLE)
 
     # ---- setting up
@@ -163,19 +174,19 @@ class LLM:
         folder, limit = folder_of(self.options.cache_dir), self.options.cache_limit
         return None if folder is None else WeightCache(folder, None if limit is None else int(1e9 * limit))
 
-    def _positions(self, more: int) -> int:
-        """Return the positions of the KV cache for which there is memory; this rank needs `more` bytes otherwise."""
+    def _room(self, more: int) -> Room:
+        """Return what the KV cache can hold; this rank needs `more` bytes otherwise."""
         o, c, memory = self.options, self.config, self.memory
         each = self.group.allgather((self.group.host, available_bytes(), more))
         needs = memory.needs(self.shards, [(host, free) for host, free, _ in each])
         needs = [replace(need, fixed=need.fixed + extra) for need, (_, _, extra) in zip(needs, each, strict=True)]
         with self.group.together():
-            positions = fitting_positions(needs, memory.wanted, o.max_seq_len is not None)
-        if positions < memory.wanted and self.group.is_root and not o.quiet:
-            say(f"max-seq-len is {positions}: the model's {memory.wanted} positions do not fit in memory")
+            room = fitting(needs, memory.wish)
+        if room.positions < memory.wanted and self.group.is_root and not o.quiet:
+            say(f"max-seq-len is {room.positions}: the model's {memory.wanted} positions do not fit in memory")
         if o.max_seq_len and o.max_seq_len > c.max_position_embeddings and self.group.is_root and not o.quiet:
             say(f"max-seq-len {o.max_seq_len} is beyond the model's {c.max_position_embeddings} positions")
-        return positions
+        return room
 
     @property
     def is_root(self) -> bool:
@@ -222,16 +233,14 @@ class LLM:
         """Keep the workers at the root's command over several calls: True on the root, which makes the calls alone;
         the other ranks serve until the root leaves the session, then get False.
 
-        Within a session a wrong request raises on the root only, and the KV cache of a finished sequence serves the
-        next prompt that begins with the same tokens.
+        Within a session a wrong request raises on the root only.
         """
         with self._call() as leads:
             self._in_session = leads
-            self.engine.scheduler.reuse = leads and self.config.can_reuse
             try:
                 yield leads
             finally:
-                self._in_session = self.engine.scheduler.reuse = False
+                self._in_session = False
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return a prompt's token ids, checked against the vocabulary and the context. Root only.
@@ -239,32 +248,32 @@ class LLM:
         Raises:
             RequestError: empty, too long, or ids out of range.
         """
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
-        if not ids:
-            raise RequestError("the prompt has no tokens; give at least one")
-        wrong = [i for i in ids if not 0 <= i < self.config.vocab_size]
-        if wrong:
-            raise RequestError(
-                f"token id {wrong[0]} is out of range; the vocabulary has ids 0 to {self.config.vocab_size - 1}"
-            )
-        if len(ids) > self.max_seq_len:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens; the context holds {self.max_seq_len};"
-                " shorten it or raise --max-seq-len"
-            )
+        if isinstance(prompt, str):
+            ids = self.tokenizer.encode(prompt)
+        elif isinstance(prompt, (Sequence, np.ndarray)) and all(is_integer(i) for i in prompt):
+            ids = [int(i) for i in prompt]
+        else:
+            raise RequestError(f"a prompt is a text or a list of token ids, not {shown(prompt)}")
+        self.engine.check(ids)
         return ids
 
-    def request(self, prompt: Prompt, params: SamplingParams, is_chat: bool = False) -> Request:
-        """Return a prompt as a sequence for the engine. Root only; see `encode` for what it raises."""
-        ids = self.tokenizer.encode(prompt, add_special_tokens=False) if is_chat and isinstance(prompt, str) else prompt
-        ids = self.encode(ids)
+    def request(
+        self, prompt: Prompt, params: SamplingParams, is_chat: bool = False
+    ) -> tuple[Request, TextStream | None]:
+        """Return a prompt as a request for the engine, and what makes text of its tokens. Root only.
+
+        Raises:
+            RequestError: see `encode`; stop strings without a tokenizer.
+        """
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params is {shown(params)}; it must be a SamplingParams")
+        if is_chat and isinstance(prompt, str):
+            prompt = self.tokenizer.encode(prompt, add_special_tokens=False)
+        ids = self.encode(prompt)
         if params.stop and self._tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and the model directory has none")
         text = TextStream(self._tokenizer, () if is_chat else ids, params.stop) if self._tokenizer else None
-        limit = self.max_seq_len if params.max_tokens is None else min(self.max_seq_len, len(ids) + params.max_tokens)
-        rng = np.random.default_rng(secrets.randbits(64) if params.seed is None else params.seed)
-        lookup = Lookup() if self.speculates else None
-        return Request(ids, params, limit, text, rng, self.stop_ids, lookup=lookup)
+        return Request(tuple(ids), params, self.stop_ids), text
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -275,76 +284,110 @@ class LLM:
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a prompt of text is a sequence of texts, too
-        self, prompt: Prompt, params: SamplingParams | None = None
+        self, prompt: Prompt, params: SamplingParams | None = None, *, measure_links: bool = False
     ) -> Generation | None: ...
     @overload
-    def generate(self, prompt: Sequence[Prompt], params: SamplingParams | None = None) -> list[Generation] | None: ...
-    def generate(self, prompt: Any, params: SamplingParams | None = None) -> Any:
+    def generate(
+        self, prompt: Sequence[Prompt], params: SamplingParams | None = None, *, measure_links: bool = False
+    ) -> list[Generation] | None: ...
+    def generate(self, prompt: Any, params: SamplingParams | None = None, *, measure_links: bool = False) -> Any:
         """Return the `Generation` of a prompt (text or token ids), or a list of them for a list of prompts.
 
-        Up to `max_batch` prompts run at once. None on ranks other than the root.
+        Up to `max_batch` prompts run at once. None on ranks other than the root. measure_links: whether to measure the
+        links between hosts at the end, for the statistics.
+
+        Raises:
+            RequestError: a prompt or parameters that cannot be; the next call works.
         """
         with self._call() as leads:
             if not leads:
                 return None
-            params, stats = params or SamplingParams(), Stats()
-            several = not isinstance(prompt, str) and len(prompt) > 0 and not isinstance(prompt[0], (int, np.integer))
-            requests = [self.request(p, params) for p in (prompt if several else [prompt])]
-            for _ in self.engine.run(requests, stats):
+            params, stats = SamplingParams() if params is None else params, Stats()
+            several = are_several(prompt)
+            asked = [self.request(p, params) for p in (prompt if several else [prompt])]
+            completions = self._add(asked, stats)
+            for _ in self._run(completions, stats):
                 pass
-            self.engine.times(stats)
-            results = [Generation(r.output_ids, "".join(r.pieces), r.finish_reason or "abort", stats) for r in requests]
+            self.engine.times(stats, measure_links)
+            results = [_generation(each, stats) for each in completions]
             return results if several else results[0]
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, stats: Stats | None = None, is_chat: bool = False
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        stats: Stats | None = None,
+        is_chat: bool = False,
+        *,
+        measure_links: bool = False,
     ) -> Iterator[str]:
         """Yield the text of a generation piece by piece on the root; other ranks' iterators yield nothing.
 
-        Every rank must iterate. A text prompt with `is_chat` is a rendered template: no BOS is added.
+        Every rank must iterate. A text prompt with `is_chat` is a rendered template: no BOS is added. stats: filled
+        with the figures of the call. measure_links: see `generate`.
         """
         with self._call() as leads:
             if not leads:
                 return
-            stats = stats if stats is not None else Stats()
-            request = self.request(prompt, params or SamplingParams(), is_chat)
-            for _, _, piece in self.engine.run([request], stats):
+            stats = Stats() if stats is None else stats
+            request = self.request(prompt, SamplingParams() if params is None else params, is_chat)
+            for piece in self._run(self._add([request], stats), stats):
                 if piece:
                     yield piece
-            if request.finish_reason == "abort" and request.text is not None and (rest := request.text.finish()):
-                yield rest
-            self.engine.times(stats)
+            self.engine.times(stats, measure_links)
+
+    def _add(self, asked: list[tuple[Request, TextStream | None]], stats: Stats) -> list[Completion]:
+        completions = [Completion(self.engine.add(request), text) for request, text in asked]
+        stats.prompt_tokens += sum(len(request.token_ids) for request, _ in asked)
+        stats.speculates = stats.speculates or self.speculates
+        return completions
+
+    def _run(self, completions: list[Completion], stats: Stats) -> Iterator[str]:
+        """Make steps until all requests are over; yield each one's text as it comes."""
+        by_id, started = {each.id: each for each in completions}, time.perf_counter()
+        self._active = list(by_id)
+        try:
+            while not self.engine.is_idle:
+                outputs = self.engine.step()
+                if self.engine.last_step is not None:
+                    stats.take(self.engine.last_step)
+                for output in outputs:
+                    if (completion := by_id.get(output.id)) is None:
+                        continue
+                    if output.token_ids and stats.first_token_seconds is None:
+                        stats.first_token_seconds = time.perf_counter() - started
+                    before = completion.taken
+                    piece = completion.take(output)
+                    stats.output_tokens += completion.taken - before
+                    if completion.finish_reason is not None and output.finish_reason is None:  # a stop string
+                        self.engine.cancel(output.id)
+                    yield piece
+        finally:
+            self._active = []
+            if not self.engine.is_idle:  # left early
+                self.engine.drop()
 
     def cancel(self) -> None:
         """Make what is being generated end before its next step, with finish_reason "abort". Not collective.
 
         May be called from a signal handler; without effect on ranks other than the root.
         """
-        self.engine.scheduler.cancel()
+        for request_id in self._active:
+            self.engine.cancel(request_id)
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray | None:
         """Return the logits (n, vocab) float32 after each of n tokens on the root, None elsewhere."""
         with self._call() as leads:
-            if not leads:
-                return None
-            return np.concatenate([self.engine.logits(plan) for plan in self._plans(self.encode(token_ids))])
+            return self.engine.logits(self.encode(token_ids)) if leads else None
 
     def log_probabilities(self, token_ids: Sequence[int]) -> np.ndarray | None:
         """Return the natural log-probability (n - 1,) float64 of each of n tokens but the first on the root."""
         with self._call() as leads:
-            if not leads:
-                return None
-            ids = np.array(self.encode(token_ids), np.int32)
-            parts = [np.zeros(0)]
-            for plan in self._plans(ids[:-1].tolist()):
-                parts.append(self.engine.scores(plan, ids[plan.batch.positions + 1]))
-            return np.concatenate(parts)
+            return self.engine.scores(self.encode(token_ids)) if leads else None
 
-    def _plans(self, ids: list[int]) -> Iterator[Plan]:
-        """Yield the prefill of one sequence in slot 0, all rows wanted."""
-        self.engine.scheduler.forget(0)
-        for start in range(0, len(ids), self.options.prefill_chunk):
-            part = np.array(ids[start : start + self.options.prefill_chunk], np.int32)
-            positions = np.arange(start, start + len(part), dtype=np.int32)
-            zeros, every = np.zeros(len(part), np.int32), np.arange(len(part), dtype=np.int32)
-            yield Plan(Batch(part, positions, zeros, zeros + len(ids), every), [], True)
+
+def _generation(completion: Completion, stats: Stats) -> Generation:
+    logprobs = completion.logprobs or None
+    assert completion.usage is not None
+    reason = completion.finish_reason or "abort"
+    return Generation(completion.token_ids, completion.text, reason, stats, completion.usage, logprobs)

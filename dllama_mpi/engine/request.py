@@ -1,16 +1,19 @@
-"""One request on its way: its tokens, its sampling parameters, where it stands."""
+"""What a consumer asks of the engine, and what it gets: tokens only, no text."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Any
+from math import isfinite
+from numbers import Integral, Real
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import RequestError
-from ..text.stream import TextStream
-from .lookup import Lookup
+
+MOST_LOGPROBS = 100
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class SamplingParams:
         stop: strings that end the text; they are not part of it.
         seed: of the random numbers; None for one that differs each time.
         ignore_eos: whether to go on after the model's stop tokens.
+        logprobs: how many of the best tokens' log-probabilities are told with each token, besides its own; None: none.
+            They are exact: of the whole vocabulary, after biases and penalties, before temperature and filters.
+        logit_bias: what is added to the logits of tokens.
     """
 
     temperature: float = 1.0
@@ -41,6 +47,8 @@ class SamplingParams:
     stop: Seq[str] = ()
     seed: int | None = None
     ignore_eos: bool = False
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -50,76 +58,141 @@ class SamplingParams:
         """
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        limits: list[tuple[str, Any, bool, str]] = [
-            ("temperature", self.temperature, 0 <= self.temperature <= 100, "0 (greedy) to 100"),
-            ("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, to 1"),
-            ("min_p", self.min_p, 0 <= self.min_p <= 1, "0 to 1"),
-            ("repeat_penalty", self.repeat_penalty, 0 < self.repeat_penalty < 100, "above 0, below 100 (1 is none)"),
-            ("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= 100, "-100 to 100 (0 is none)"),
-            (
-                "frequency_penalty",
-                self.frequency_penalty,
-                abs(self.frequency_penalty) <= 100,
-                "-100 to 100 (0 is none)",
-            ),
-            ("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 0, "0 or more"),
-            ("seed", self.seed, self.seed is None or self.seed >= 0, "0 or more"),
-            ("stop", list(self.stop), all(isinstance(s, str) and s for s in self.stop), "strings that are not empty"),
-        ]
-        for name, value, good, limit in limits:
-            if not good:
-                raise RequestError(f"{name} is {value}; it must be {limit}")
+        for name, good, limit in self._limits():
+            value = getattr(self, name)
+            if not good(value):
+                raise RequestError(
+                    f"{name} is {list(value) if isinstance(value, tuple) else value}; it must be {limit}"
+                )
+
+    @staticmethod
+    def _limits() -> tuple[tuple[str, Callable[[Any], bool], str], ...]:
+        def real(test: Callable[[Any], bool]) -> Callable[[Any], bool]:
+            return lambda v: isinstance(v, Real) and not isinstance(v, bool) and test(v)
+
+        def whole(test: Callable[[Any], bool], optional: bool = False) -> Callable[[Any], bool]:
+            return lambda v: (optional and v is None) or (is_integer(v) and test(v))
+
+        def bias(v: Any) -> bool:
+            return isinstance(v, Mapping) and all(
+                is_integer(k) and real(lambda x: isfinite(x) and abs(x) <= 100)(x) for k, x in v.items()
+            )
+
+        return (
+            ("temperature", real(lambda v: 0 <= v <= 100), "0 (greedy) to 100"),
+            ("top_k", whole(lambda v: v >= 0), "0 (all tokens) or more"),
+            ("top_p", real(lambda v: 0 < v <= 1), "above 0, to 1"),
+            ("min_p", real(lambda v: 0 <= v <= 1), "0 to 1"),
+            ("repeat_penalty", real(lambda v: 0 < v < 100), "above 0, below 100 (1 is none)"),
+            ("presence_penalty", real(lambda v: abs(v) <= 100), "-100 to 100 (0 is none)"),
+            ("frequency_penalty", real(lambda v: abs(v) <= 100), "-100 to 100 (0 is none)"),
+            ("max_tokens", whole(lambda v: v >= 0, True), "0 or more"),
+            ("seed", whole(lambda v: v >= 0, True), "0 or more"),
+            ("logprobs", whole(lambda v: 0 <= v <= MOST_LOGPROBS, True), f"0 to {MOST_LOGPROBS}"),
+            ("logit_bias", bias, "a mapping of token ids to numbers from -100 to 100"),
+            ("stop", _are_texts, "strings that are not empty"),
+            ("ignore_eos", lambda v: isinstance(v, bool), "True or False"),
+        )
 
 
-@dataclass
-class Sequence:
-    """A request's state on the root.
+def is_integer(value: Any) -> bool:
+    """Return whether a value is a whole number, numpy's included, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def are_several(prompt: Any) -> bool:
+    """Return whether these are prompts, not the ids of one.
+
+    Raises:
+        RequestError: neither.
+    """
+    if isinstance(prompt, np.ndarray):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, (str, list, tuple)):
+        raise RequestError(f"a prompt is a text or a list of token ids, not {shown(prompt)}")
+    return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], (str, list, tuple, np.ndarray))
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(s, str) and s for s in value)
+
+
+class Constraint(Protocol):
+    """What the tokens of one request must keep to, such as a grammar. Used by the thread that makes steps."""
+
+    def mask(self) -> np.ndarray:
+        """Return which tokens may come next: (words,) uint32, a bit a token, the lowest first."""
+
+    def accept(self, token: int) -> None:
+        """Take the token that came."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a consumer asks for.
 
     Attributes:
-        tokens: the prompt's ids, then the generated ones.
-        computed: how many of them are in the KV cache.
-        finish_reason: "stop" (a stop token or string), "length", "abort", or None while it runs.
-        lookup: what drafts its next tokens; None for no speculation.
+        constraint: what its tokens must keep to; of this request alone. It is not speculated then.
+        token_ids: the prompt. stop_ids: tokens that end the text, unless `params.ignore_eos`.
+        priority: those with a higher one go first.
     """
 
-    tokens: list[int]
+    token_ids: tuple[int, ...]
     params: SamplingParams
-    limit: int  # most tokens, prompt included
-    text: TextStream | None
-    rng: np.random.Generator
-    stop_ids: frozenset[int]
-    prompt_length: int = field(init=False)
-    computed: int = 0
-    slot: int = -1
+    stop_ids: frozenset[int] = frozenset()
+    priority: int = 0
+    constraint: Constraint | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural log-probabilities at one generated token: its own, and the best tokens', best first, as (id, value)."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """What one request came to.
+
+    Attributes:
+        cached_tokens: of the prompt, that need not be computed, since others had done so.
+        output_tokens: generated, a final stop token included. drafted, accepted: see `lookup`.
+        preempted: how many times it gave up its memory to others.
+        queued, first_token, last_token: when it came and when these were chosen; time.perf_counter, seconds.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    drafted: int
+    accepted: int
+    preempted: int
+    queued: float
+    first_token: float | None
+    last_token: float | None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step gave one request.
+
+    Attributes:
+        token_ids: new tokens. logprobs: one for each of them, if the request asked for any.
+        finish_reason: "stop" (a stop token), "length" or "abort"; None while it goes on.
+        stop_id: the stop token that ended it, which is not among the tokens. usage: with the last output.
+    """
+
+    id: int
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
     finish_reason: str | None = None
-    pieces: list[str] = field(default_factory=list)
-    lookup: Lookup | None = None
-
-    def __post_init__(self) -> None:
-        self.prompt_length = len(self.tokens)
-        if self.prompt_length >= self.limit:
-            self.finish_reason = "length"
-
-    @property
-    def output_ids(self) -> list[int]:
-        """The generated token ids."""
-        return self.tokens[self.prompt_length :]
-
-    def append(self, token: int) -> str:
-        """Take a generated token; return the text that it completes, and set `finish_reason` if it is the last."""
-        piece = ""
-        if token in self.stop_ids and not self.params.ignore_eos:
-            self.finish_reason = "stop"
-        else:
-            self.tokens.append(token)
-            if self.text is not None:
-                piece = self.text.push(token)
-                if self.text.stopped:
-                    self.finish_reason = "stop"
-            if self.finish_reason is None and len(self.tokens) >= self.limit:
-                self.finish_reason = "length"
-        if self.finish_reason is not None and self.text is not None:
-            piece += self.text.finish()
-        self.pieces.append(piece)
-        return piece
+    stop_id: int | None = None
+    usage: RequestStats | None = None

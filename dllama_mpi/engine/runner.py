@@ -17,16 +17,17 @@ from .candidates import local_best, penalise
 from .rank_report import Stopwatch
 from .step import Step, Want
 
+FORBIDDEN = np.float32(-1e30)  # a logit whose probability is 0, and with which sums can be made
+_NO_PENALTY = {"repeat": 1, "presence": 0, "frequency": 0}
+
 
 class Runner:
     """Carries out steps on one rank. Methods are collective."""
 
-    def __init__(self, model: Transformer, group: TensorParallelGroup, slots: int, positions: int) -> None:
+    def __init__(self, model: Transformer, group: TensorParallelGroup) -> None:
         self.model, self.group = model, group
         shard, c = model.rank.shard, model.config
         self.first_id = shard.elements(vocab_axis(c))[0]
-        # Every rank sees every token, so that penalties need no history sent.
-        self._history = np.zeros((slots, positions), np.int32)
         self._logits = np.zeros((0, 0), np.float32)
         self.watch = Stopwatch(share_of(c, shard))
 
@@ -46,7 +47,6 @@ class Runner:
         batch = step.batch
         is_decode = step.want is Want.CANDIDATES and batch.tokens <= len(batch.logit_rows)
         self.group.watchdog.tell(Phase.DECODE if is_decode else Phase.PREFILL)
-        self._history[batch.slots, batch.positions] = batch.token_ids
         hidden = self.model.forward(batch)
         if not len(hidden):
             return []
@@ -70,8 +70,18 @@ class Runner:
         logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
         batch = step.batch
         for row, at, own in zip(step.rows, batch.logit_rows, logits, strict=True):
-            history = self._history[batch.slots[at], : batch.positions[at] + 1]
-            penalise(own, row, history, self.first_id)
+            if any(row[name] != none for name, none in _NO_PENALTY.items()):
+                # Every rank sees every token, so that penalties need no history sent.
+                penalise(own, row, self.model.history(batch, int(at)), self.first_id)
+        for bias in step.biases:
+            token = int(bias["token"]) - self.first_id
+            if 0 <= token < logits.shape[1]:
+                logits[bias["row"], token] += bias["value"]
+        for at, mask in zip(step.masked, step.masks, strict=True):
+            allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")
+            own = allowed[self.first_id : self.first_id + logits.shape[1]]
+            logits[at, : own.size][own == 0] = FORBIDDEN
+            logits[at, own.size :] = FORBIDDEN
         return logits
 
     def _in_pieces(self, hidden: np.ndarray, step: Step) -> list[np.ndarray] | None:

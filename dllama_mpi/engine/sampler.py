@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from .candidates import Candidates
-from .request import SamplingParams
+from .request import SamplingParams, TokenLogprobs
 
 WANTED = 64  # candidates a rank sends for sampling without top-k: enough for most rows' top-p
 
 
 def wanted(params: SamplingParams, vocab_size: int) -> int:
     """Return how many candidates each rank should send for these parameters."""
-    if params.temperature == 0:
-        return 1
-    return min(params.top_k, vocab_size) if params.top_k else min(WANTED, vocab_size)
+    k = 1 if params.temperature == 0 else params.top_k or WANTED
+    return min(max(k, params.logprobs or 0), vocab_size)
+
+
+def row_of(params: SamplingParams, prompt_length: int, vocab_size: int) -> tuple[Any, ...]:
+    """Return what every rank must know of these parameters to prepare a row of logits, as a `ROW`."""
+    p = params
+    penalties = p.repeat_penalty, p.presence_penalty, p.frequency_penalty
+    return wanted(p, vocab_size), prompt_length, 0, p.temperature, *penalties, p.logprobs is not None
+
+
+def logprobs_of(candidates: Candidates, token: int, count: int) -> TokenLogprobs:
+    """Return the natural log-probabilities of a token among the candidates, and of the `count` best."""
+    values = candidates.logits - candidates.log_sum_plain
+    own = float(values[candidates.ids == token][0])
+    return TokenLogprobs(own, tuple(zip(candidates.ids[:count].tolist(), values[:count].tolist(), strict=True)))
 
 
 def choose(candidates: Candidates, params: SamplingParams, rng_value: float) -> int | None:

@@ -16,6 +16,7 @@ class StepStats:
     Attributes:
         tokens: fed, rejected drafts left out. sync_seconds: the part of the seconds that went into synchronisation.
         sent, received: bytes. drafted: tokens fed on the chance that they come; accepted: those that did.
+        prompt: prompt tokens among the tokens. full_gathers: see `Stats`.
     """
 
     tokens: int
@@ -25,6 +26,43 @@ class StepStats:
     received: int
     drafted: int = 0
     accepted: int = 0
+    prompt: int = 0
+    full_gathers: int = 0
+
+
+@dataclass(frozen=True)
+class SequenceStats:
+    """One request in the engine: tokens of its prompt, those that are computed, those generated; whether it runs."""
+
+    id: int
+    slot: int
+    prompt_tokens: int
+    computed_tokens: int
+    output_tokens: int
+    is_running: bool
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """The engine after a step.
+
+    Attributes:
+        running, waiting: requests. pages_total, pages_used: of the KV cache; pages_cached: not used, but remembered.
+        prompt_tokens, cached_tokens, output_tokens: of all requests so far; of the prompts' tokens the cached ones need
+            not be computed. preemptions: how many times a request gave up its memory to others.
+        sequences: the requests.
+    """
+
+    running: int
+    waiting: int
+    pages_total: int
+    pages_used: int
+    pages_cached: int
+    prompt_tokens: int
+    cached_tokens: int
+    output_tokens: int
+    preemptions: int
+    sequences: tuple[SequenceStats, ...] = ()
 
 
 @dataclass
@@ -51,6 +89,11 @@ class Stats:
     payload: str = "f32"
     sync: list[Choice] = field(default_factory=list)
     speculates: bool = False
+
+    def take(self, step: StepStats) -> None:
+        """Count a step."""
+        (self.prefill if step.prompt else self.decode).append(step)
+        self.full_gathers += step.full_gathers
 
     @staticmethod
     def _rate(steps: list[StepStats]) -> float | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
@@ -29,27 +30,50 @@ class Want(IntEnum):
 
 
 # One wanted row: how its logits are prepared, on every rank alike.
-# k: candidates wanted; temperature: of the log-sum-exp; prompt: the prompt's length; target: token to score.
+# k: candidates wanted; temperature: of the log-sum-exp; prompt: the prompt's length; target: token to score; logprobs:
+# whether the log-sum-exp at temperature 1 is wanted, too.
 ROW = np.dtype(
     [("k", "<i4"), ("prompt", "<i4"), ("target", "<i4"), ("temperature", "<f8"), ("repeat", "<f4"), ("presence", "<f4"),
-     ("frequency", "<f4")]
+     ("frequency", "<f4"), ("logprobs", "<i4")]
 )  # fmt: skip
+# What is added to the logit of a token in a row.
+BIAS = np.dtype([("row", "<i4"), ("token", "<i4"), ("value", "<f4")])
 
 
 @dataclass(frozen=True)
 class Step:
-    """A batch and, for each of its logit rows, a `ROW`; `want` holds for all rows."""
+    """A batch and, for each of its logit rows, a `ROW`; `want` holds for all rows. biases: (n,) of `BIAS`.
+
+    masks: of some rows, the tokens that are allowed: (n, words) uint32, a bit a token; masked: (n,) int32, which rows.
+    """
 
     batch: Batch
     rows: np.ndarray
     want: Want
+    biases: np.ndarray = field(default_factory=lambda: np.zeros(0, BIAS))
+    masked: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    masks: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.uint32))
+
+    @staticmethod
+    def of(batch: Batch, want: Want) -> Step:
+        """Return a step with plain rows."""
+        return Step(batch, np.zeros(len(batch.logit_rows), ROW), want)
 
     def to_bytes(self) -> bytes:
         """Return the step as bytes."""
-        return np.int32(self.want).tobytes() + self.batch.to_bytes() + self.rows.tobytes()
+        head = np.array([self.want, len(self.biases), *self.masks.shape], np.int32)
+        parts = (self.rows, self.biases, self.masked, self.masks)
+        return head.tobytes() + self.batch.to_bytes() + b"".join(part.tobytes() for part in parts)
 
     @staticmethod
     def from_bytes(data: bytes) -> Step:
         """Return the step that `to_bytes` wrote."""
-        batch, rest = Batch.from_bytes(data[4:])
-        return Step(batch, np.frombuffer(rest, ROW), Want(int(np.frombuffer(data, np.int32, 1)[0])))
+        want, biases, masked, words = np.frombuffer(data, np.int32, 4).tolist()
+        batch, rest = Batch.from_bytes(data[16:])
+        parts, at = [], 0
+        counts = (len(batch.logit_rows), biases, masked, masked * words)
+        kinds: tuple[np.dtype[Any], ...] = (ROW, BIAS, np.dtype(np.int32), np.dtype(np.uint32))
+        for kind, count in zip(kinds, counts, strict=True):
+            parts.append(np.frombuffer(rest, kind, count, at))
+            at += parts[-1].nbytes
+        return Step(batch, parts[0], Want(want), parts[1], parts[2], parts[3].reshape(masked, words))

@@ -1,23 +1,24 @@
 """Causal attention over the KV cache with grouped query heads (GQA), as products with tiles.
 
-The cache of one slot and KV head is two matrices in the tile layout of `kernels.layout`, so that the products' kernels
-serve here too, on every instruction set: keys have a row for each position, 16 positions to a tile; values have a row
-for each dimension of a head, 16 dimensions to a tile, and a column for each position. As arrays of float32 or of
+The cache is made of pages of 256 positions, which any sequence may use: its table says which page holds its positions
+from 256 i on. A page of one KV head is two matrices in the tile layout of `kernels.layout`, so that the products'
+kernels serve here too, on every instruction set: keys have a row for each position, 16 positions to a tile; values have
+a row for each dimension of a head, 16 dimensions to a tile, and a column for each position. As arrays of float32 or of
 float16 bits:
 
-keys    (slots, kv_heads, positions / 16, head_dim to 32s, 16)
-values  (slots, kv_heads, head_dim to 16s / 16, positions, 16)
+keys    (pages, kv_heads, 256 / 16, head_dim to 32s, 16)
+values  (pages, kv_heads, head_dim to 16s / 16, 256, 16)
 
 or of int8 codes, with scales for 32 dimensions of a position, as float16 bits (empty for the other two):
 
-scales of keys    (slots, kv_heads, positions / 16, head_dim to 32s / 32, 16)
-scales of values  (slots, kv_heads, head_dim to 32s / 32, positions)
+scales of keys    (pages, kv_heads, 256 / 16, head_dim to 32s / 32, 16)
+scales of values  (pages, kv_heads, head_dim to 32s / 32, 256)
 
 A row of tiles of codes is widened into float32 scratch, which the first cache holds, before it is multiplied.
 
 A work item is a KV head with the queries that read it: those of its group, of one or a few tokens of one sequence, so
-that keys and values are read once for all of them. It goes over the positions in blocks with a running maximum and sum
-(online softmax, arXiv:1805.02867). Memory beyond the written positions takes part with weight zero, so it must hold
+that keys and values are read once for all of them. It goes over the positions page by page with a running maximum and
+sum (online softmax, arXiv:1805.02867). Memory beyond the written positions takes part with weight zero, so it must hold
 numbers: a cache begins as zeros.
 """
 
@@ -29,14 +30,13 @@ import numpy as np
 
 from .activation import soft_cap
 from .compiled import call, inner
-from .layout import BLOCK, ROWS
+from .layout import BLOCK, PAGE, ROWS
 from .matmul import F32_TILES, float_rows
 from .parallel import run_parallel
 from .sampling import exponentials, largest
 from .simd import address
 from .widen import widen_keys, widen_values
 
-POSITIONS = 256  # positions in a block of the online softmax
 QUERIES = 16  # most queries of an item, unless one token's group has more
 LONG = 512  # positions from which an item may be cut between threads
 
@@ -74,7 +74,7 @@ class KVLayer(NamedTuple):
 
 
 class _Head(NamedTuple):
-    """The cache of one slot and KV head."""
+    """One page of one KV head."""
 
     keys: np.ndarray
     key_scales: np.ndarray
@@ -99,7 +99,7 @@ class _Softmax(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """scores (n, POSITIONS) and part, like the output: of one block; widened: float32 of a row of tiles of codes."""
+    """scores (n, PAGE) and part, like the output: of one block; widened: float32 of a row of tiles of codes."""
 
     scores: np.ndarray
     part: np.ndarray
@@ -114,7 +114,7 @@ def _widened_row(tiles, blocks, x, x_stride, y, y_stride, n):
 
 @inner
 def _scores(marker, queries, head, begin, rows, scratch):
-    """Write queries (n, width) x keys of `rows` tiles from position `begin` on into scratch.scores."""
+    """Write queries (n, width) x keys of `rows` tiles from a page's position `begin` on into scratch.scores."""
     width, scores, widened = queries.shape[1], scratch.scores, scratch.widened
     if head.key_scales.size > 0:
         for row in range(rows):
@@ -123,7 +123,7 @@ def _scores(marker, queries, head, begin, rows, scratch):
                 first = ROWS * BLOCK * block
                 widen_keys(codes + first, scales + 2 * ROWS * block, address(widened) + 4 * first)
             at, to = address(queries), address(scores) + 4 * ROWS * row
-            _widened_row(address(widened), width // BLOCK, at, 4 * width, to, 4 * POSITIONS, queries.shape[0])
+            _widened_row(address(widened), width // BLOCK, at, 4 * width, to, 4 * PAGE, queries.shape[0])
     else:
         step = head.keys.itemsize * ROWS * width
         float_rows(
@@ -136,14 +136,14 @@ def _scores(marker, queries, head, begin, rows, scratch):
             address(queries),
             4 * width,
             address(scores),
-            4 * POSITIONS,
+            4 * PAGE,
             queries.shape[0],
         )
 
 
 @inner
 def _weighted(marker, head, begin, padded, scratch, n):
-    """Write scores (n, >= padded) x values of `padded` positions from `begin` on into scratch.part."""
+    """Write scores (n, >= padded) x values of `padded` positions from a page's `begin` on into scratch.part."""
     values, scores, widened, out = head.values, scratch.scores, scratch.widened, scratch.part
     rows = values.shape[0]
     if head.value_scales.size > 0:
@@ -152,7 +152,7 @@ def _weighted(marker, head, begin, padded, scratch, n):
             for p in range(0, padded, ROWS):
                 widen_values(codes + ROWS * p, scales + 2 * p, address(widened) + 4 * ROWS * p)
             at, to = address(scores), address(out) + 4 * ROWS * row
-            _widened_row(address(widened), padded // BLOCK, at, 4 * POSITIONS, to, 4 * out.shape[1], n)
+            _widened_row(address(widened), padded // BLOCK, at, 4 * PAGE, to, 4 * out.shape[1], n)
     else:
         step = values.itemsize * ROWS
         float_rows(
@@ -163,7 +163,7 @@ def _weighted(marker, head, begin, padded, scratch, n):
             rows,
             padded // BLOCK,
             address(scores),
-            4 * POSITIONS,
+            4 * PAGE,
             address(out),
             4 * out.shape[1],
             n,
@@ -171,19 +171,23 @@ def _weighted(marker, head, begin, padded, scratch, n):
 
 
 @inner
-def _attend(marker, softcap, head, queries, first, last, scratch, softmax):
-    """Attend with queries over the block-aligned positions [first, last), going on from what `softmax` holds.
+def _attend(softcap, cache, table, kv, queries, first, last, scratch, softmax):
+    """Attend with queries over a sequence's positions [first, last), going on from what `softmax` holds.
 
-    The weighted sum of values is not divided by the sum yet.
+    table: the sequence's pages. first: a multiple of 32. The weighted sum of values is not divided by the sum yet.
     """
-    n, scores, part = queries.starts.size, scratch.scores, scratch.part
+    n, scores, part, marker = queries.starts.size, scratch.scores, scratch.part, cache.marker
     sums, tops, out = softmax.sums, softmax.tops, softmax.out
-    for begin in range(first, last, POSITIONS):
-        end = min(begin + POSITIONS, last)
-        padded = (end - begin + BLOCK - 1) // BLOCK * BLOCK
-        _scores(marker, queries.values, head, begin, padded // ROWS, scratch)
+    for index in range(first // PAGE, (last + PAGE - 1) // PAGE):
+        page = table[index]
+        head = _Head(
+            cache.keys[page, kv], cache.key_scales[page, kv], cache.values[page, kv], cache.value_scales[page, kv]
+        )
+        begin, end = max(first, index * PAGE), min(last, (index + 1) * PAGE)
+        inside, padded = begin - index * PAGE, (end - begin + BLOCK - 1) // BLOCK * BLOCK
+        _scores(marker, queries.values, head, inside, padded // ROWS, scratch)
         for q in range(n):
-            row = address(scores) + 4 * POSITIONS * q
+            row = address(scores) + 4 * PAGE * q
             if softcap > 0:
                 soft_cap(row, padded, softcap)
             low, high = max(0, queries.starts[q] - begin), min(padded, queries.stops[q] - begin)
@@ -206,7 +210,7 @@ def _attend(marker, softcap, head, queries, first, last, scratch, softmax):
             if fade != 1:
                 for i in range(out.shape[1]):
                     out[q, i] *= fade
-        _weighted(marker, head, begin, padded, scratch, n)
+        _weighted(marker, head, inside, padded, scratch, n)
         for q in range(n):
             for i in range(out.shape[1]):
                 out[q, i] += part[q, i]
@@ -298,10 +302,10 @@ def _take(job, thread, threads):
     cache, plan, results = job.cache, job.plan, job.results
     most, kv_heads, width = results.sums.shape[1], cache.keys.shape[1], cache.keys.shape[3]
     queries = _Queries(np.zeros((most, width), np.float32), np.empty(most, np.int64), np.empty(most, np.int64))
-    widened = np.empty(ROWS * max(width, POSITIONS) + ROWS if cache.key_scales.size > 0 else 0, np.float32)
+    widened = np.empty(ROWS * max(width, PAGE) + ROWS if cache.key_scales.size > 0 else 0, np.float32)
     widened = widened[-(address(widened) // 4) % ROWS :]  # a vector then lies in one line of the cache
     part = np.empty((most, results.out.shape[2]), np.float32)
-    scratch = _Scratch(np.empty((most, POSITIONS), np.float32), part, widened)
+    scratch = _Scratch(np.empty((most, PAGE), np.float32), part, widened)
     for item in range(thread, plan.runs * kv_heads * plan.cuts, threads):
         piece, cut = item // plan.cuts, item % plan.cuts
         run, kv = piece // kv_heads, piece % kv_heads
@@ -309,16 +313,14 @@ def _take(job, thread, threads):
         own = _Queries(queries.values[:n], queries.starts[:n], queries.stops[:n])
         first, last = queries.starts[0] // BLOCK * BLOCK, queries.stops[n - 1]
         if plan.cuts > 1:
-            blocks = (last - first + POSITIONS - 1) // POSITIONS
-            last = min(last, first + POSITIONS * (blocks * (cut + 1) // plan.cuts))
-            first += POSITIONS * (blocks * cut // plan.cuts)
-        slot = job.step.slots[plan.begins[run]]
-        head = _Head(
-            cache.keys[slot, kv], cache.key_scales[slot, kv], cache.values[slot, kv], cache.value_scales[slot, kv]
-        )
+            page = first // PAGE
+            pages = (last + PAGE - 1) // PAGE - page
+            last = min(last, PAGE * (page + pages * (cut + 1) // plan.cuts))
+            first = max(first, PAGE * (page + pages * cut // plan.cuts))
+        table = job.step.tables[job.step.slots[plan.begins[run]]]
         softmax = _Softmax(results.sums[item], results.tops[item], results.out[item if plan.cuts > 1 else thread])
         _begin_softmax(job, run, kv, cut, softmax)
-        call(_attend, (cache.marker, np.float32(job.heads.softcap), head, own, first, last, scratch, softmax))
+        call(_attend, (np.float32(job.heads.softcap), cache, table, kv, own, first, last, scratch, softmax))
         if plan.cuts == 1:
             _put(job, run, kv, softmax)
 
@@ -338,13 +340,13 @@ def _put(job, run, kv, softmax):
 
 @inner
 def attention(heads, window, sinks, q, cache, step, out, threads):
-    """Attend from each token to the positions of its slot up to its own.
+    """Attend from each token to the positions of its sequence up to its own.
 
     heads: see `Heads`. window: positions a token sees, itself included, or 0 for all. sinks: (the rank's heads,)
     float32, a logit of each head's softmax that no value belongs to (arXiv:2309.17453), or empty. q: (>= tokens, >=
     heads * head_dim) float32, rotated. cache: this rank's, see `KVLayer`. step: slots, positions (tokens,) int32;
-    query_scales (tokens,) float32. out: (>= tokens, >= heads * head_dim) float32, written from column
-    heads.out_start on.
+    tables (slots, n) int32, each slot's pages; query_scales (tokens,) float32. out: (>= tokens, >= heads * head_dim)
+    float32, written from column heads.out_start on.
     """
     kv_heads = cache.keys.shape[1]
     each = max(1, QUERIES // heads.group)

@@ -14,7 +14,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from .compiled import inner
-from .layout import BLOCK, ROWS
+from .layout import BLOCK, PAGE, ROWS
 from .parallel import run_parallel
 from .runtime import FASTMATH
 from .sampling import reduce_lanes
@@ -153,7 +153,7 @@ def _codes_of(x, codes):
 
 @inner
 def _store(key, value, keys, key_scales, values, value_scales, position):
-    """Put one head's key and value (head_dim,) float32 at a position of its cache."""
+    """Put one head's key and value (head_dim,) float32 at a position of a page."""
     tile, lane = position // ROWS, position % ROWS
     if key_scales.size == 0:
         for i in range(key.size):
@@ -213,7 +213,8 @@ def _finish_head(head, norm, p, cos, sin):
 def _rope_and_store_share(qkv, heads, p, step, rope, cache, thread, threads):
     tokens, dim = step.positions.size, heads.dim
     for t in range(tokens * thread // threads, tokens * (thread + 1) // threads):
-        row, slot = qkv[t], step.slots[t]
+        row, position = qkv[t], step.positions[t]
+        page = step.tables[step.slots[t], position // PAGE]
         cos, sin = step.cos[rope, step.first + t], step.sin[rope, step.first + t]
         for i in range(p.bias.size):
             row[i] += p.bias[i]
@@ -227,11 +228,11 @@ def _rope_and_store_share(qkv, heads, p, step, rope, cache, thread, threads):
             _store(
                 key,
                 value,
-                cache.keys[slot, h],
-                cache.key_scales[slot, h],
-                cache.values[slot, h],
-                cache.value_scales[slot, h],
-                step.positions[t],
+                cache.keys[page, h],
+                cache.key_scales[page, h],
+                cache.values[page, h],
+                cache.value_scales[page, h],
+                position % PAGE,
             )
 
 
@@ -240,8 +241,9 @@ def rope_and_store(qkv, heads, preparation, step, rope, cache, threads):
     """Finish queries and keys in place and put keys and values into the cache.
 
     qkv: (>= tokens, n) float32, the rank's q heads from column 0, k and v heads from where `Preparation` says.
-    heads, cache: see `kernels.attention`. step: slots, positions (tokens,) int32; cos, sin (ropes, all tokens, rotated
-    dimensions / 2) float32, the rotary embedding in half-split order (arXiv:2104.09864), these tokens' from `first` on.
+    heads, cache: see `kernels.attention`. step: slots, positions (tokens,) int32; tables (slots, n) int32, each slot's
+    pages; cos, sin (ropes, all tokens, rotated dimensions / 2) float32, the rotary embedding in half-split order
+    (arXiv:2104.09864), these tokens' from `first` on.
     rope: which of them.
     """
     run_parallel(

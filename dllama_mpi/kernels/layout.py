@@ -31,6 +31,7 @@ import numpy as np
 
 ROWS = 16
 BLOCK = 32
+PAGE = 256  # positions of a page of the KV cache, which is a block of the online softmax
 UNIT = 8  # of q4m's minima: what the kernels' offsets are multiples of
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..kernels.layout import BLOCK, ROWS, TileFormat, ceil_div, ceil_to
+from ..kernels.layout import BLOCK, PAGE, ROWS, TileFormat, ceil_div, ceil_to
 from ..kernels.matrix import Activations
 from ..parallel.partition import Shard
 from .attention import AttentionScratch
@@ -81,11 +81,15 @@ def input_columns(spec: TensorSpec, shard: Shard) -> int:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What decides about buffers besides the model: tokens in a step, sequences at once, positions of each."""
+    """What decides about buffers besides the model.
+
+    Attributes:
+        tokens: most in a step. slots: sequences at once, and checkpoints of states. pages: of the KV cache.
+    """
 
     tokens: int
     slots: int
-    positions: int
+    pages: int
     kv_type: str
 
 
@@ -192,8 +196,8 @@ class Buffers:
         # Zeros: what is not written yet is multiplied by zero, and must be a number.
         dim, kv_type, quantised = mixer.head_dim, self.sizes.kv_type, self.sizes.kv_type == "q80"
         heads = self.shard.units(kv_axis(mixer))
-        rows, width = ceil_to(self.sizes.positions, BLOCK), ceil_to(dim, BLOCK)
-        every, element = (layers, self.sizes.slots, heads[1] - heads[0]), KV_TYPES[kv_type]
+        rows, width = PAGE, ceil_to(dim, BLOCK)
+        every, element = (layers, self.sizes.pages, heads[1] - heads[0]), KV_TYPES[kv_type]
         return KVMemory(
             marker=np.empty(0, np.uint16 if kv_type == "f16" else np.float32),
             keys=make.lazy(*every, rows // ROWS, width, ROWS, dtype=element),
@@ -201,6 +205,10 @@ class Buffers:
             values=make.lazy(*every, ceil_div(dim, ROWS), rows, ROWS, dtype=element),
             value_scales=make.lazy(*every, width // BLOCK, rows * quantised, dtype=np.uint16),
         )
+
+    def token_ids(self, make: Maker) -> Any:
+        """Return the ids (pages, PAGE) int32 of the tokens that stand in each page."""
+        return make.lazy(self.sizes.pages, PAGE, dtype=np.int32)
 
     # ---- counting
 
@@ -235,12 +243,17 @@ class Buffers:
 
 
 def memory_bytes(config: ModelConfig, shard: Shard, kv_type: str) -> tuple[int, int]:
-    """Return the bytes that one sequence takes whatever its length, and those of each of its positions."""
+    """Return the bytes that one sequence takes whatever its length, and those of each position of the KV cache."""
 
-    def total(positions: int) -> int:
+    def total(slots: int, pages: int) -> int:
         formats = WeightRecipe.parse(DEFAULT).formats(config)  # they do not matter
-        return Buffers(config, shard, formats, Sizes(1, 1, positions, kv_type)).memory_bytes()
+        return Buffers(config, shard, formats, Sizes(1, slots, pages, kv_type)).memory_bytes()
 
-    one, two = total(BLOCK), total(2 * BLOCK)
-    each = (two - one) // BLOCK
-    return one - BLOCK * each, each
+    return total(1, 0), total(0, 1) // PAGE
+
+
+def position_bytes(config: ModelConfig, shard: Shard, kv_type: str) -> int:
+    """Return the bytes that a position takes in all, its token's id included."""
+    make = Counter()
+    Buffers(config, shard, WeightRecipe.parse(DEFAULT).formats(config), Sizes(1, 0, 1, kv_type)).token_ids(make)
+    return memory_bytes(config, shard, kv_type)[1] + make.bytes // PAGE

@@ -33,6 +33,7 @@ class Step(NamedTuple):
 
     Attributes:
         slots, positions: (tokens,) int32; the tokens of one sequence stand in order.
+        tables: (slots, n) int32, the pages of the KV cache that hold each slot's positions, 256 a page.
         query_scales: (tokens,) float32, what queries are multiplied with besides the layer's scale.
         cos, sin: (ropes, all tokens, rotated dimensions / 2) float32, of each kind of rotation in the model.
         first: the index of the first of these tokens there.
@@ -40,6 +41,7 @@ class Step(NamedTuple):
 
     slots: np.ndarray
     positions: np.ndarray
+    tables: np.ndarray
     query_scales: np.ndarray
     cos: np.ndarray
     sin: np.ndarray
@@ -277,7 +279,9 @@ def decoder_layers(segment, step, residual, scratch, terms, link, parts, turn, t
             if layer == 0:  # nothing was started yet
                 addend = Sum(sources[p], feeding.bias[0, :0], feeding.after[0, :0], 1.0)
             call(add_and_normalise, (rows, addend, mixing.before[layer], x, goes_on, threads))
-            tokens = Step(step.slots[a:b], step.positions[a:b], step.query_scales[a:b], step.cos, step.sin, a)
+            tokens = Step(
+                step.slots[a:b], step.positions[a:b], step.tables, step.query_scales[a:b], step.cos, step.sin, a
+            )
             exchange = Exchange(link, p, terms[turn, a:b])
             mix(segment.mixer, layer, x, tokens, segment.memory, scratch.mixer, exchange, terms[own, a:b], threads)
             start_exchange(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..kernels.layout import TileFormat
+from ..kernels.layout import PAGE, TileFormat, ceil_div
 from ..kernels.matrix import Matrix
 from ..parallel.group import TensorParallelGroup
 from ..parallel.partition import Shard
@@ -15,7 +16,7 @@ from .batch import Batch
 from .buffers import HEAD_ROWS, Buffers, Maker, Sizes
 from .build import RankWeights, build_segment, padded
 from .config import ModelConfig
-from .forward import Residual, Scratch, Segment, Step, Sum, add_and_normalise, decoder_layers
+from .forward import KVMemory, Residual, Scratch, Segment, Step, Sum, add_and_normalise, decoder_layers
 from .linear import multiply
 from .rope import Rope
 
@@ -59,6 +60,24 @@ class Transformer:
             memory = buffers.memory(run, make)
             segment = build_segment(self._weights, run, self.config, self.rank.shard, memory)
             self._segments.append((segment, shared[buffers.kind(run)]))
+        self._token_ids = buffers.token_ids(make)
+
+    def _copy(self, batch: Batch) -> None:
+        """Copy pages and states as the batch says."""
+        for segment, _ in self._segments:
+            memory: Any = segment.memory
+            paged = isinstance(memory, KVMemory)
+            for source, target in (batch.page_copies if paged else batch.state_copies).tolist():
+                for array in memory[1:] if paged else memory:
+                    array[:, target] = array[:, source]
+        for source, target in batch.page_copies.tolist():
+            self._token_ids[target] = self._token_ids[source]
+
+    def history(self, batch: Batch, token: int) -> np.ndarray:
+        """Return the ids (n,) int32 of the sequence of one of a batch's tokens, up to that, once it has been fed."""
+        pages, length = batch.pages_of(int(batch.slots[token])), int(batch.positions[token]) + 1
+        ids: np.ndarray = self._token_ids[pages[: ceil_div(length, PAGE)]].reshape(-1)[:length]
+        return ids
 
     def forward(self, batch: Batch) -> np.ndarray:
         """Feed a batch; return the final hidden states (logit rows, padded hidden) float32, the same on every rank.
@@ -66,8 +85,10 @@ class Transformer:
         KV caches and states hold the batch's tokens afterwards.
         """
         residual = self._residual[: batch.tokens]
+        self._copy(batch)
         self._embed(batch.token_ids, residual)
         step, group = self._step(batch), self.rank.group
+        self._token_ids[step.tables[batch.slots, batch.positions // PAGE], batch.positions % PAGE] = batch.token_ids
         parts, turn = group.parts(batch.tokens), self._turn
         with group.exchanging(parts):
             for segment, scratch in self._segments:
@@ -96,7 +117,7 @@ class Transformer:
         if c.query_scaling is not None:
             beta, original = c.query_scaling
             scales = (1 + beta * np.log1p(batch.positions // original)).astype(np.float32)
-        return Step(batch.slots, batch.positions, scales, cos, sin, 0)
+        return Step(batch.slots, batch.positions, batch.tables(), scales, cos, sin, 0)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Return the rank's logits (rows, its part of the vocabulary) float32 of up to 64 hidden states."""

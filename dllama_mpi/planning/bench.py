@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..engine.llm import LLM
-from ..engine.request import SamplingParams, Sequence
-from ..engine.stats import Stats, StepStats
+from ..engine.request import Request, SamplingParams
+from ..engine.stats import StepStats
 from ..errors import UsageError
 from ..kernels import runtime
 from ..kernels.probe import ReadProbe
@@ -259,7 +259,7 @@ class Bench:
         readings: of the memory's rate, before each repetition of decode steps alone and after the last.
         """
         readings = 0 if test.prompt else readings  # they would take a short prompt's weights out of the caches
-        if self.llm.engine.scheduler.rewinds:
+        if not self.llm.config.has_state:
             self._fill(test)
         started = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         if warm_up:
@@ -285,7 +285,7 @@ class Bench:
 
     def _measured(self, test: Test) -> list[Sample]:
         """Return the repetition of a test whose cache is filled, on the root. Collective."""
-        if not self.llm.engine.scheduler.rewinds:
+        if self.llm.config.has_state:
             self._fill(test)
         return self._lead(lambda: self._sample(test))
 
@@ -294,7 +294,6 @@ class Bench:
         with self.llm.session() as leads:
             if not leads:
                 return []
-            self.llm.engine.scheduler.reuse = True  # what stands in the cache up to the depth
             return [call()]
 
     def _read(self, times: int) -> list[float]:
@@ -313,19 +312,22 @@ class Bench:
         self._runs += 1
         vocabulary = self.llm.config.vocab_size
         params = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True)
-        sequences = []
+        engine, requests = self.llm.engine, []
         for i in range(test.batch):
             past = np.random.default_rng((self.seed, i, test.depth)).integers(vocabulary, size=test.depth).tolist()
             rng = np.random.default_rng((self.seed, i, test.depth, self._runs))
             new = rng.integers(vocabulary, size=prompt).tolist()
             if prompt:
                 new[0] = self._runs % vocabulary  # no run begins like the one before: the cache must not serve it
-            tokens = [*past, *new]
-            sequences.append(Sequence(tokens, params, len(tokens) + output, None, rng, frozenset()))
-        stats, started = Stats(), time.perf_counter()
-        for _ in self.llm.engine.run(sequences, stats):
-            pass
-        return Sample(time.perf_counter() - started, [*stats.prefill, *stats.decode])
+            requests.append(Request((*past, *new), params))
+        steps, started = [], time.perf_counter()
+        for request in requests:
+            engine.add(request)
+        while not engine.is_idle:
+            engine.step()
+            if engine.last_step is not None:
+                steps.append(engine.last_step)
+        return Sample(time.perf_counter() - started, steps)
 
     def _kv_bytes(self, test: Test) -> int:
         """Return the bytes of keys and values that the decode steps of one repetition read."""

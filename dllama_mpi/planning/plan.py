@@ -12,7 +12,7 @@ from ..model.config import ModelConfig
 from ..model.recipe import WeightRecipe, bits_per_weight
 from ..parallel.collective.table import PAYLOADS
 from ..parallel.partition import AUTO, Shard, parse_split
-from ..startup.memory import fitting_positions
+from ..startup.memory import fitting
 from ..startup.options import Kept
 from ..startup.shares import MemoryPlan, most_ranks, shards_of
 from .costs import (
@@ -140,7 +140,7 @@ def _positions(question: Question, cluster: Cluster, parts: list[Shard]) -> tupl
     memory = question.memory
     needs = memory.needs(parts, _free(cluster)[: len(parts)])
     try:
-        return fitting_positions(needs, memory.wanted, question.max_seq_len is not None), None
+        return fitting(needs, memory.wish).positions, None
     except ClusterError as error:
         return None, str(error)
 

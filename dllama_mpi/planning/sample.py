@@ -18,15 +18,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..engine.engine import Engine
-from ..engine.request import SamplingParams
-from ..engine.request import Sequence as Request
+from ..engine.engine import Context, Engine
+from ..engine.request import Request, SamplingParams
 from ..engine.runner import Runner
-from ..engine.scheduler import Scheduler
-from ..engine.stats import Stats
+from ..engine.scheduler import Limits
 from ..engine.step import Command
 from ..engine.worker import serve
-from ..kernels.layout import BLOCK, TileFormat, ceil_div, ceil_to
+from ..kernels.layout import BLOCK, PAGE, TileFormat, ceil_div, ceil_to
 from ..model.batch import Batch
 from ..model.buffers import Sizes
 from ..model.build import RankWeights, load
@@ -157,9 +155,9 @@ class _Runs:
 
     def __init__(self, model: _Clocked, rank: Rank, chunk: int, positions: int) -> None:
         config = model.config
-        self.model, self.runner = model, Runner(model, rank.group, 1, positions)
-        scheduler = Scheduler(1, chunk, rewinds=not config.has_state)
-        self.engine = Engine(self.runner, rank.group, config.vocab_size, scheduler)
+        self.model, self.runner = model, Runner(model, rank.group)
+        limits = Limits(1, ceil_div(positions, PAGE), chunk, slots=int(config.has_state), shares=False)
+        self.engine = Engine(self.runner, rank.group, Context(config.vocab_size, positions), limits)
 
 
 class Sample:
@@ -186,7 +184,9 @@ class Sample:
             config, own = _cut(c, layers), _renamed(formats, layers)
             rank = Rank(group, shard, own, job.threads)
             model = _Clocked(RankWeights(_renamed(weights.held, layers), weights.table), config, rank)
-            model.allocate(terms, Sizes(job.chunk + 1, 1, positions, kv_type))  # memory is taken as it is used
+            model.allocate(
+                terms, Sizes(job.chunk + 1, 1, ceil_div(positions, PAGE), kv_type)
+            )  # memory is taken as it is used
             return _Runs(model, rank, job.chunk, positions), work_of(config, shard, own, kv_type)
 
         self._whole, self.work = running(range(c.num_layers))
@@ -212,7 +212,8 @@ class Sample:
 
     def _chunk_at(self, first: int) -> Batch:
         zeros, positions = np.zeros(self.chunk, np.int32), np.arange(first, first + self.chunk, dtype=np.int32)
-        return Batch(zeros, positions, zeros, zeros + first + self.chunk, zeros[:0])
+        columns = (zeros, positions, zeros, zeros + first + self.chunk)
+        return Batch.of(columns, [], {0: range(ceil_div(first + self.chunk, PAGE))})
 
     def _forward(self, batch: Batch) -> float:
         self._group.reset_traffic()
@@ -250,6 +251,6 @@ class Sample:
         """Feed random tokens, which choose different experts, and generate."""
         params, rng = SamplingParams(temperature=0.0, max_tokens=output, ignore_eos=True), np.random.default_rng(seed)
         tokens = rng.integers(runs.model.config.vocab_size, size=prompt).tolist()
-        request = Request(tokens, params, prompt + output, None, rng, frozenset())
-        for _ in runs.engine.run([request], Stats()):
-            pass
+        runs.engine.add(Request(tuple(tokens), params))
+        while not runs.engine.is_idle:
+            runs.engine.step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from ..model.recipe import WeightRecipe, default_kv_type, described
 from ..parallel.collective.table import MPI, PAYLOADS, SYNCS
 from ..parallel.watchdog import LEAST_TIMEOUT, LONGEST_TIMEOUT, TIMEOUT
 
+MAX_STEP_MS = 250.0
 SPECULATIONS = ("off", "lookup")
 
 
@@ -29,7 +31,12 @@ class Options:
         sync: how all-reduces are done, one of `SYNCS`; "auto": the fastest by measurement.
         nthreads: threads a rank; None: the cores it may use, divided by the ranks that share them.
         max_seq_len: positions of the KV cache; None: the model's, or what fits in memory.
-        max_batch: sequences that run at once. prefill_chunk: prompt tokens a step.
+        max_batch: sequences that run at once. max_queue: most that wait, or None for any number.
+        prefill_chunk: most prompt tokens a step.
+        responsive: whether somebody waits for each token: steps are kept short while prompts are read.
+        max_step_ms: milliseconds that a step should take at most then, whatever part of a prompt fits; beside running
+            sequences it holds without `responsive`, too. None: 250 if responsive, else no limit.
+        kv_memory: GB of the KV cache of each rank; None: what so many sequences can need, or what is free.
         kv_type: "f16", "f32" or "q80"; None: f32 with f32 weights, else f16.
         split: the ranks' shares, such as "3,1,1", or "auto" for shares by measured speed and free memory; None: equal.
         tokenizer: a tokenizer.json or a folder with one; None: the model's.
@@ -49,7 +56,11 @@ class Options:
     nthreads: int | None = None
     max_seq_len: int | None = None
     max_batch: int = 1
+    max_queue: int | None = None
     prefill_chunk: int = 256
+    responsive: bool = False
+    max_step_ms: float | None = None
+    kv_memory: float | None = None
     kv_type: str | None = None
     split: str | None = None
     tokenizer: str | None = None
@@ -59,6 +70,11 @@ class Options:
     bind: bool = False
     timeout: float = TIMEOUT
     quiet: bool = True
+
+    @property
+    def step_limit(self) -> float:
+        """The milliseconds that a step should take at most while prompts are read; infinity for no limit."""
+        return self.max_step_ms or (MAX_STEP_MS if self.responsive else math.inf)
 
     def check(self) -> None:
         """Raise a UsageError that names the first value that cannot be."""
@@ -74,9 +90,11 @@ class Options:
                 raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         if self.weights is not None:
             WeightRecipe.parse(self.weights)
-        if self.cache_limit is not None and not self.cache_limit > 0:
-            raise UsageError(f"cache_limit is {self.cache_limit}; it must be above 0")
-        for name in ("nthreads", "max_seq_len", "max_batch", "prefill_chunk"):
+        for name in ("cache_limit", "kv_memory", "max_step_ms"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} is {value}; it must be above 0")
+        for name in ("nthreads", "max_seq_len", "max_batch", "max_queue", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1")

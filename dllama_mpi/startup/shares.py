@@ -6,16 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..kernels.layout import BLOCK, ceil_to
-from ..model.buffers import Buffers, Sizes, memory_bytes
+from ..kernels.layout import BLOCK, PAGE, ceil_to
+from ..model.buffers import Buffers, Sizes, memory_bytes, position_bytes
 from ..model.config import ModelConfig
 from ..model.recipe import weight_bytes
 from ..model.tensors import axes
 from ..parallel.collective.memory import all_reduce_bytes
 from ..parallel.partition import Shard, shards
-from .memory import LEAST_POSITIONS, Need, usable_bytes
+from .memory import LEAST_POSITIONS, Need, Wish, usable_bytes
 from .options import Kept
 
+CHECKPOINTS = 4  # places for states besides those of running sequences, so that texts that begin alike share them
 _ROUNDS = 400  # of fitting; each makes some host's share at least a hundredth smaller
 _STEP = 0.99
 _SPEED_STEP = 1.1
@@ -41,19 +42,31 @@ class MemoryPlan:
     """What decides how much memory ranks need.
 
     Attributes:
-        tokens: most in a step. slots: sequences at once. max_seq_len: positions that the user insists on, or None.
+        tokens: most in a step. sequences: at once. max_seq_len: positions that the user insists on, or None.
+        kv_bytes: of each rank's KV cache, or None for what the sequences can need.
     """
 
     config: ModelConfig
     kept: Kept
     tokens: int
-    slots: int = 1
+    sequences: int = 1
     max_seq_len: int | None = None
+    kv_bytes: int | None = None
 
     @property
     def wanted(self) -> int:
         """Positions that the context should have."""
         return self.max_seq_len or self.config.max_position_embeddings
+
+    @property
+    def wish(self) -> Wish:
+        """What the KV cache should hold."""
+        return Wish(self.wanted, self.max_seq_len is not None, self.sequences, self.kv_bytes)
+
+    @property
+    def slots(self) -> int:
+        """Places for states: of sequences at once, and checkpoints."""
+        return self.sequences + CHECKPOINTS * self.config.has_state
 
     def needs(self, parts: Sequence[Shard], hosts: Sequence[tuple[str, int]]) -> list[Need]:
         """Return every rank's need, given its shard, its host's name and the bytes that host has free."""
@@ -68,11 +81,11 @@ class MemoryPlan:
         return sum(self.parts(part, hosts, 0).values())
 
     def parts(self, part: Shard, hosts: Sequence[str], positions: int) -> dict[str, int]:
-        """Return the bytes of what a rank holds, with so many positions; hosts: of each rank."""
+        """Return the bytes of what a rank holds, with pages for so many positions; hosts: of each rank."""
         once, _ = memory_bytes(self.config, part, self.kept.kv_type)
         return {
             "weights": weight_bytes(self.config, part, self.kept.formats),
-            "kv_cache": positions * self.per_position(part),
+            "kv_cache": ceil_to(positions, PAGE) * self.per_position(part),
             "states": once * self.slots,
             "buffers": self.buffers(part, hosts),
         }
@@ -80,18 +93,18 @@ class MemoryPlan:
     def buffers(self, part: Shard, hosts: Sequence[str]) -> int:
         """Return the bytes of a rank's buffers; hosts: of each rank."""
         kept, width = self.kept, ceil_to(self.config.hidden_size, BLOCK)
-        own = Buffers(self.config, part, kept.formats, Sizes(self.tokens, self.slots, 1, kept.kv_type)).scratch_bytes()
+        own = Buffers(self.config, part, kept.formats, Sizes(self.tokens, self.slots, 0, kept.kv_type)).scratch_bytes()
         here = list(hosts).count(hosts[part.rank])
         return own + all_reduce_bytes(len(hosts), here, len(set(hosts)), self.tokens, width, kept.payload)
 
     def per_position(self, part: Shard) -> int:
-        """Return the bytes that one position of all sequences takes on a rank."""
-        return memory_bytes(self.config, part, self.kept.kv_type)[1] * self.slots
+        """Return the bytes that one position of the KV cache takes on a rank."""
+        return position_bytes(self.config, part, self.kept.kv_type)
 
     def shares(self, speeds: Sequence[float], hosts: Sequence[tuple[str, int]]) -> tuple[list[float], set[str]]:
         """Return shares by the ranks' speeds that fit into their hosts' memory; see `fitting_shares`."""
         lengths = [self.max_seq_len] if self.max_seq_len else [_GOOD_POSITIONS, LEAST_POSITIONS]
-        positions = [min(self.wanted, length) for length in lengths]
+        positions = [ceil_to(min(self.wanted, length), PAGE) for length in lengths]
         return fitting_shares(speeds, positions, lambda shares: self.needs(shards_of(self.config, shares), hosts))
 
 

@@ -7,6 +7,7 @@ A template is a Jinja program that comes with the model. It is rendered as trans
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -26,6 +27,8 @@ from .tokenizer import Tokenizer
 
 CHOICES = "|".join(BUILT_IN)
 Message = Mapping[str, Any]
+LONGEST_PROMPT = 64_000_000  # characters
+LONGEST_SECONDS = 20.0
 
 
 class ChatTemplate:
@@ -38,12 +41,15 @@ class ChatTemplate:
         special_tokens: variables of the template, such as {"bos_token": "<s>"}.
         origin: where the template came from, for messages.
 
+    Attributes:
+        sources: the programs by name.
+
     Raises:
         ModelError: a source is not a Jinja template, or "default" is missing.
     """
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str], origin: str) -> None:
-        self.origin = origin
+        self.origin, self.sources = origin, dict(sources)
         self.special_tokens = dict(special_tokens)
         if "default" not in sources:
             raise ModelError(
@@ -105,7 +111,8 @@ class ChatTemplate:
         """
         template = self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
         try:
-            return template.render(
+            return _within_limits(
+                template,
                 {
                     **self.special_tokens,
                     "messages": messages,
@@ -113,8 +120,10 @@ class ChatTemplate:
                     "documents": None,
                     "add_generation_prompt": add_generation_prompt,
                     **variables,
-                }
+                },
             )
+        except RequestError:
+            raise
         except _RefusedError as error:
             raise RequestError(f"the model's chat template refuses these messages: {error.message}") from None
         except Exception as error:  # the template is the model's program; the messages are the user's
@@ -122,6 +131,20 @@ class ChatTemplate:
                 f"the chat template of {self.origin} fails on these messages: {type(error).__name__}: {error}; "
                 f'each needs a "role" and a "content" the template can read'
             ) from error
+
+
+def _within_limits(template: jinja2.Template, variables: dict[str, Any]) -> str:
+    """Render piece by piece, and give up on a template that writes too much or takes too long."""
+    pieces, length, end = [], 0, time.monotonic() + LONGEST_SECONDS
+    for piece in template.generate(variables):
+        pieces.append(piece)
+        length += len(piece)
+        if length > LONGEST_PROMPT or time.monotonic() > end:
+            raise RequestError(
+                f"the chat template makes more than {LONGEST_PROMPT} characters of these messages, or takes longer than"
+                f" {LONGEST_SECONDS:g} s; send less"
+            )
+    return "".join(pieces)
 
 
 class _RefusedError(jinja2.TemplateError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from dllama_mpi.errors import RequestError
 
@@ -25,18 +25,27 @@ class TextStream:
             space ("Once upon" + "▁a" is "Once upon a"); with no prompt given, the continuation is a text of
             its own and the space a sentencepiece tokenizer puts before a text is dropped, as for a chat's answer.
         stop: the stop strings; none may be empty.
+        shown: special tokens that are part of the text all the same, such as one that opens a tool call.
 
     Attributes:
-        stopped: a stop string was met; `push` and `finish` return "" from then on.
+        stopped: a stop string was met; `push` and `finish` return "" from then on. stopped_by: that string, or None.
 
     Raises:
         RequestError: a stop string is empty.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        shown: Collection[int] = (),
+    ) -> None:
         if "" in stop:
             raise RequestError("a stop string is empty; a stop string has at least one character; leave it out")
         self.stopped = False
+        self.stopped_by: str | None = None
+        self._shown = frozenset(shown)
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
         self._held = ""  # complete text that may be the start of a stop string
@@ -49,7 +58,8 @@ class TextStream:
         """Take the next token; return the text that is now certain."""
         if self.stopped:
             return ""
-        return self._release(self._utf8.decode(self._tokenizer.visible_bytes(token_id)))
+        of = self._tokenizer.token_bytes if token_id in self._shown else self._tokenizer.visible_bytes
+        return self._release(self._utf8.decode(of(token_id)))
 
     def finish(self) -> str:
         """Return what was held back: the start of a stop string, and U+FFFD for a broken-off character."""
@@ -68,9 +78,9 @@ class TextStream:
         text = self._held + text
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            self._held = ""
-            return text[: min(found)[1]]
+            end, start = min(found)
+            self.stopped, self.stopped_by, self._held = True, text[start:end], ""
+            return text[:start]
         hold = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]

@@ -106,6 +106,11 @@ class Tokenizer:
         eos_ids = [token_id for config in configs for token_id in declared_ids(config, "eos_token_id")]
         return cls(backend, special_tokens, add_bos if isinstance(add_bos, bool) else None, eos_ids, folders)
 
+    def to_json(self) -> str:
+        """Return the tokenizer as the text of a tokenizer.json."""
+        text: str = self._backend.to_str()
+        return text
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Turn text into token ids; the text of a special token becomes that token.
 

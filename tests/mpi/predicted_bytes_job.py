@@ -9,6 +9,7 @@ import json
 import sys
 
 from dllama_mpi import LLM
+from dllama_mpi.kernels.layout import PAGE
 from tests.allocated import group_bytes, transformer_bytes
 
 
@@ -19,7 +20,7 @@ def main() -> None:
     own = transformer_bytes(llm._model) + group_bytes(llm.group)
     found = llm.group.allgather(own)
     if llm.is_root:
-        predicted = [need.fixed + llm.max_seq_len * need.per_position for need in needs]
+        predicted = [need.fixed + PAGE * llm.pages * need.per_position for need in needs]
         print(json.dumps({"predicted": predicted, "allocated": found}), flush=True)
 
 

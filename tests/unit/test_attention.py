@@ -10,7 +10,7 @@ import pytest
 
 from dllama_mpi.kernels.attention import Heads, KVLayer, attention
 from dllama_mpi.kernels.elementwise import Preparation, rope_and_store
-from dllama_mpi.kernels.layout import BLOCK, ROWS
+from dllama_mpi.kernels.layout import BLOCK, PAGE, ROWS
 from dllama_mpi.model.forward import Step
 from tests import naive_layers, naive_numbers
 from tests.naive_layers import PLAIN_SCORES, Scores
@@ -23,47 +23,67 @@ every_cache = pytest.mark.parametrize("half_cache", [False, True])
 every_threads = pytest.mark.parametrize("threads", [1, 2, 3])
 
 
+def tables_of(slots: int, length: int) -> np.ndarray:
+    """Return the pages (slots, n) that hold sequences of some length, in no order."""
+    pages = -(-length // PAGE)
+    return np.random.default_rng(length).permutation(slots * pages).astype(np.int32).reshape(slots, pages)
+
+
+def in_pages(values: np.ndarray, axis: int) -> np.ndarray:
+    """Return what slots (slots, heads, ...) hold, positions along an axis, cut into pages as `tables_of` says."""
+    tables = tables_of(values.shape[0], values.shape[axis])
+    padding = [(0, 0)] * values.ndim
+    padding[axis] = (0, tables.shape[1] * PAGE - values.shape[axis])
+    parts = np.split(np.pad(values, padding), tables.shape[1], axis)
+    pages = np.zeros((tables.size, *parts[0].shape[1:]), values.dtype)
+    for i, part in enumerate(parts):
+        pages[tables[:, i]] = part
+    return pages
+
+
 def kv_layer(k: np.ndarray, v: np.ndarray) -> KVLayer:
     """Return keys and values (slots, heads, positions, dim) as the cache keeps them, zeros where nothing is.
 
     float32, or the bits of float16.
     """
-    slots, heads, length, dim = k.shape
-    rows = -(-length // BLOCK) * BLOCK
-    keys = np.zeros((slots, heads, rows // ROWS, -(-dim // BLOCK) * BLOCK, ROWS), k.dtype)
-    values = np.zeros((slots, heads, -(-dim // ROWS), rows, ROWS), v.dtype)
-    for p in range(length):
+    k, v = in_pages(k, 2), in_pages(v, 2)
+    pages, heads, _, dim = k.shape
+    keys = np.zeros((pages, heads, PAGE // ROWS, -(-dim // BLOCK) * BLOCK, ROWS), k.dtype)
+    values = np.zeros((pages, heads, -(-dim // ROWS), PAGE, ROWS), v.dtype)
+    for p in range(PAGE):
         for i in range(dim):
             keys[:, :, p // ROWS, i, p % ROWS] = k[:, :, p, i]
             values[:, :, i // ROWS, p, i % ROWS] = v[:, :, p, i]
     return KVLayer(
-        np.empty(0, k.dtype), aligned(keys), no_scales(slots, heads, 3), aligned(values), no_scales(slots, heads, 2)
+        np.empty(0, k.dtype), aligned(keys), no_scales(pages, heads, 3), aligned(values), no_scales(pages, heads, 2)
     )
 
 
-def no_scales(slots: int, heads: int, axes: int) -> np.ndarray:
+def no_scales(pages: int, heads: int, axes: int) -> np.ndarray:
     """Return the empty scales of a cache that is not quantised."""
-    return np.zeros((slots, heads, *[0] * axes), np.uint16)
+    return np.zeros((pages, heads, *[0] * axes), np.uint16)
 
 
-def quantised_layer(slots: int, heads: int, length: int, dim: int) -> KVLayer:
+def quantised_layer(pages: int, heads: int, dim: int) -> KVLayer:
     """Return an empty cache of codes."""
-    rows, width = -(-length // BLOCK) * BLOCK, -(-dim // BLOCK) * BLOCK
+    width = -(-dim // BLOCK) * BLOCK
     return KVLayer(
         EMPTY,
-        np.zeros((slots, heads, rows // ROWS, width, ROWS), np.int8),
-        np.zeros((slots, heads, rows // ROWS, width // BLOCK, ROWS), np.uint16),
-        np.zeros((slots, heads, -(-dim // ROWS), rows, ROWS), np.int8),
-        np.zeros((slots, heads, width // BLOCK, rows), np.uint16),
+        np.zeros((pages, heads, PAGE // ROWS, width, ROWS), np.int8),
+        np.zeros((pages, heads, PAGE // ROWS, width // BLOCK, ROWS), np.uint16),
+        np.zeros((pages, heads, -(-dim // ROWS), PAGE, ROWS), np.int8),
+        np.zeros((pages, heads, width // BLOCK, PAGE), np.uint16),
     )
 
 
-def step_of(slots: Ints, positions: Ints, angles: Doubles | None = None, first: int = 0, **more: Any) -> Step:
-    """Return a step's tokens; angles: (ropes, all tokens, dims / 2). more: query_scales."""
+def step_of(
+    slots: Ints, positions: Ints, tables: np.ndarray, angles: Doubles | None = None, first: int = 0, **more: Any
+) -> Step:
+    """Return a step's tokens; tables: of all slots. angles: (ropes, all tokens, dims / 2). more: query_scales."""
     angles = np.zeros((1, first + len(slots), 1)) if angles is None else angles
-    scales = more.get("query_scales", np.ones(len(slots)))
+    scales = more.get("query_scales", np.ones(len(slots))).astype(np.float32)
     cos, sin = (np.ascontiguousarray(turn(angles), np.float32) for turn in (np.cos, np.sin))
-    return Step(slots.astype(np.int32), positions.astype(np.int32), scales.astype(np.float32), cos, sin, first)
+    return Step(slots.astype(np.int32), positions.astype(np.int32), tables, scales, cos, sin, first)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -138,28 +158,30 @@ class Prepared:
     ids=str,
 )
 def test_rope_and_store(given: Prepared, half_cache: bool, threads: int) -> None:
-    slots, length, dim, tokens = 2, 40, given.dim, given.tokens
+    slots, length, dim, tokens = 2, 300, given.dim, given.tokens
+    tables = tables_of(slots, length)
     rng = np.random.default_rng(given.tokens)
     slot_of, positions = rng.integers(0, slots, tokens), rng.permutation(length)[:tokens]
     empty = np.full((slots, given.kv_heads, length, dim), 7, np.uint16 if half_cache else np.float32)
     cache, angles, qkv = kv_layer(empty, empty), given.angles(), given.qkv()
     q, k, v = given.expected(angles[1, 2:])
     heads = Heads(dim, 5, 5 + given.heads, 2, 0, 1.0, 0.0)
-    rope_and_store(qkv, heads, given.preparation(), step_of(slot_of, positions, angles, 2), 1, cache, threads)
+    rope_and_store(qkv, heads, given.preparation(), step_of(slot_of, positions, tables, angles, 2), 1, cache, threads)
     np.testing.assert_allclose(qkv[:, : given.heads * dim].reshape(q.shape), q, rtol=1e-5, atol=2e-6)
-    where = np.arange(length)[:, None], np.arange(dim)
-    all_keys = cache.keys[:, :, where[0] // ROWS, where[1], where[0] % ROWS]
-    all_values = cache.values[:, :, where[1] // ROWS, where[0], where[1] % ROWS]
-    keys, values = (stored[slot_of, :, positions] for stored in (all_keys, all_values))
+    at, i = np.arange(PAGE)[:, None], np.arange(dim)
+    pages, inside = tables[slot_of, positions // PAGE], positions % PAGE
+    all_keys = cache.keys[:, :, at // ROWS, i, at % ROWS]
+    all_values = cache.values[:, :, i // ROWS, at, i % ROWS]
+    keys, values = (stored[pages, :, inside] for stored in (all_keys, all_values))
     if half_cache:
         np.testing.assert_array_equal(values, naive_numbers.half(v).view(np.uint16))
         np.testing.assert_allclose(keys.view(np.float16).astype(np.float32), k, rtol=1e-3, atol=1e-4)
     else:
         np.testing.assert_array_equal(values, v)
         np.testing.assert_allclose(keys, k, rtol=1e-5, atol=2e-6)
-    for stored in (all_keys, all_values):  # nothing else was written
-        stored[slot_of, :, positions] = 7
-        assert (stored == 7).all()
+    for stored, ref in ((all_keys, in_pages(empty, 2)), (all_values, in_pages(empty, 2))):  # nothing else was written
+        stored[pages, :, inside] = 7
+        np.testing.assert_array_equal(stored, ref)
     for stored in (cache.keys, cache.values):  # padding stays zero
         assert np.count_nonzero(stored) == empty.size
 
@@ -168,7 +190,7 @@ def test_positions_that_turn_nothing() -> None:
     given = Prepared(4)
     angles, qkv = np.zeros((1, 4, 12)), given.qkv()
     cache = kv_layer(*[np.zeros((1, 2, 8, 24), np.float32)] * 2)
-    step = step_of(np.zeros(4, np.int64), np.arange(4), angles)
+    step = step_of(np.zeros(4, np.int64), np.arange(4), tables_of(1, 8), angles)
     rope_and_store(qkv, Heads(24, 0, 3, 2, 0, 1.0, 0.0), given.preparation(), step, 0, cache, 1)
     np.testing.assert_array_equal(qkv, given.qkv())
 
@@ -231,7 +253,7 @@ def check(rank: Rank, heads: int, half_cache: bool, query_scales: bool = False) 
                                positions[t : t + 1], rank.window, rank.how) for t in range(tokens)
     ])  # fmt: skip
     own = slice(*rank.kv)
-    cache, step = kv_layer(k[:, own], v[:, own]), step_of(slots, positions, query_scales=scales)
+    cache, step = kv_layer(k[:, own], v[:, own]), step_of(slots, positions, tables_of(3, length), query_scales=scales)
     got = rank.attend(q[:, rank.first : rank.last], cache, step)
     tolerance = 3e-6 + 2e-7 * rank.how.softcap  # a cap's scores are exact to its last place, not to their own
     np.testing.assert_allclose(got, ref[:, rank.first : rank.last], rtol=1e-5, atol=tolerance)
@@ -267,12 +289,12 @@ def test_how_scores_become_weights(name: str, window: int, first: int, last: int
 def test_a_softcap_and_a_sink_change_something() -> None:
     """So that the tests above would see them left out."""
     q, k, v = 3 * random(1, 1, 2, 16), random(2, 1, 2, 10, 16), random(3, 1, 2, 10, 16)
-    step = step_of(np.zeros(1, np.int64), np.array([9]))
+    step = step_of(np.zeros(1, np.int64), np.array([9]), tables_of(1, 10))
     plain = Rank(0, 2, 1).attend(q, kv_layer(k, v), step)
     for how in (Scores(softcap=3.0), Scores(sinks=np.zeros(2, np.float32)), Scores(scale=0.7)):
         assert np.abs(Rank(0, 2, 1, how=how).attend(q, kv_layer(k, v), step) - plain).max() > 1e-3
     scaled = Rank(0, 2, 1).attend(
-        q, kv_layer(k, v), step_of(np.zeros(1, np.int64), np.array([9]), query_scales=np.full(1, 2))
+        q, kv_layer(k, v), step_of(np.zeros(1, np.int64), np.array([9]), tables_of(1, 10), query_scales=np.full(1, 2))
     )
     assert np.abs(scaled - plain).max() > 1e-3
 
@@ -285,7 +307,7 @@ def test_attention_of_a_ranks_heads(heads: tuple[int, int]) -> None:
 
 def test_attention_looks_at_no_later_position() -> None:
     q, k, v = random(1, 1, 2, 16), random(2, 1, 2, 10, 16), random(3, 1, 2, 10, 16)
-    step, rank = step_of(np.zeros(1, np.int64), np.array([5])), Rank(0, 2, 1, window=3)
+    step, rank = step_of(np.zeros(1, np.int64), np.array([5]), tables_of(1, 10)), Rank(0, 2, 1, window=3)
     before = rank.attend(q, kv_layer(k, v), step)
     k[:, :, 6:], v[:, :, 6:], k[:, :, :3], v[:, :, :3] = 1e4, -1e4, 1e4, -1e4
     np.testing.assert_array_equal(rank.attend(q, kv_layer(k, v), step), before)
@@ -309,27 +331,28 @@ def test_attention_over_long_contexts(
     cache, mine = kv_layer(k[None, own], v[None, own]), q[:, first:last]
     ref = naive_layers.attention(q, k_seen, v_seen, positions, window, how)[:, first:last]
     for threads in (1, 2, 5):
-        got = rank.attend(mine, cache, step_of(zeros, positions), threads)
+        got = rank.attend(mine, cache, step_of(zeros, positions, tables_of(1, length)), threads)
         np.testing.assert_allclose(got, ref, rtol=1e-5, atol=3e-6)
 
 
 @every_cache
-def test_tokens_of_one_sequence_get_the_same_bits_alone(half_cache: bool) -> None:
+@pytest.mark.parametrize("window", [0, 100, 300])
+def test_tokens_of_one_sequence_get_the_same_bits_alone(half_cache: bool, window: int) -> None:
     """Neighbouring tokens share an item, and so the reading of keys: no bit depends on that."""
     tokens, length, dim = 30, 600, 16
     q = random(1, tokens, 4, dim)
     (k, _), (v, _) = (held(random(seed, 1, 2, length, dim), half_cache) for seed in (2, 3))
-    cache, rank = kv_layer(k, v), Rank(0, 4, 2, 100)
+    cache, rank, tables = kv_layer(k, v), Rank(0, 4, 2, window), tables_of(1, length)
     positions, zeros = np.arange(length - tokens, length), np.zeros(tokens, np.int64)
-    together = rank.attend(q, cache, step_of(zeros, positions))
+    together = rank.attend(q, cache, step_of(zeros, positions, tables))
     for t in range(tokens):
-        alone = rank.attend(q[t : t + 1], cache, step_of(zeros[:1], positions[t : t + 1]))
+        alone = rank.attend(q[t : t + 1], cache, step_of(zeros[:1], positions[t : t + 1], tables))
         np.testing.assert_array_equal(alone[0], together[t])
 
 
 def test_attention_to_scores_that_would_overflow() -> None:
     q, k, v = 1e3 * random(1, 1, 1, 32), 1e3 * random(2, 1, 1, 6, 32), random(3, 1, 1, 6, 32)
-    got = Rank(0, 1, 1).attend(q, kv_layer(k, v), step_of(np.zeros(1, np.int64), np.array([5])))
+    got = Rank(0, 1, 1).attend(q, kv_layer(k, v), step_of(np.zeros(1, np.int64), np.array([5]), tables_of(1, 6)))
     np.testing.assert_allclose(got, naive_layers.attention(q, k[0], v[0], np.array([5]), 0), rtol=1e-5)
 
 
@@ -348,17 +371,18 @@ def as_codes(values: Floats) -> Floats:
 def test_quantised_cache(dim: int, tokens: int, threads: int) -> None:
     """Keys and values stored as Q80 are attended to as what they stand for."""
     heads, length = 2, 300
-    cache, qkv = quantised_layer(2, heads, 320, dim), random(1, length, 3 * 96 * heads)
+    cache, tables = quantised_layer(4, heads, dim), tables_of(2, length)
+    qkv = random(1, length, 3 * 96 * heads)
     prepared = Preparation(EMPTY, EMPTY, EMPTY, 1e-6, 0, 0.0, k_start=96 * heads, v_start=2 * 96 * heads)
     model = Heads(dim, 0, heads, 1, 0, 1.0, 0.0)
     ones, positions = np.ones(length, np.int64), np.arange(length)
-    rope_and_store(qkv, model, prepared, step_of(ones, positions), 0, cache, threads)
+    rope_and_store(qkv, model, prepared, step_of(ones, positions, tables), 0, cache, threads)
     k, v = (
         qkv[:, at : at + heads * dim].reshape(length, heads, dim).swapaxes(0, 1)
         for at in (prepared.k_start, prepared.v_start)
     )
     q, last = random(2, tokens, heads, dim), positions[length - tokens :]
-    got = Rank(0, heads, 1).attend(q, cache, step_of(ones[:tokens], last), threads)
+    got = Rank(0, heads, 1).attend(q, cache, step_of(ones[:tokens], last, tables), threads)
     ref = naive_layers.attention(q, as_codes(k), as_codes(v), last, 0)
     np.testing.assert_allclose(got, ref, rtol=1e-4, atol=2e-5)
     exact = naive_layers.attention(q, k, v, last, 0)

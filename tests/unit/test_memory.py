@@ -9,7 +9,7 @@ from dllama_mpi.errors import ClusterError
 from dllama_mpi.kernels.layout import FORMATS, TileFormat
 from dllama_mpi.model.buffers import memory_bytes
 from dllama_mpi.model.recipe import WeightRecipe, weight_bytes
-from dllama_mpi.startup.memory import Need, available_bytes, fitting_positions
+from dllama_mpi.startup.memory import Need, Room, Wish, available_bytes, fitting
 from dllama_mpi.startup.options import Kept
 from dllama_mpi.startup.shares import MemoryPlan, shards_of
 from tests.tiny_models.cases import CASES
@@ -23,61 +23,68 @@ def need(host: str, fixed: float, each: int, free: float) -> Need:
     return Need(host, int(fixed * GB), each, int(free * GB))
 
 
-def refused(needs: list[Need], wanted: int, is_explicit: bool) -> str:
+def positions(needs: list[Need], wanted: int, is_explicit: bool) -> int:
+    """Return the positions of one sequence that fit."""
+    return fitting(needs, Wish(wanted, is_explicit)).positions
+
+
+def refused(needs: list[Need], wanted: int, is_explicit: bool, kv_bytes: int | None = None) -> str:
     """Return the one line that says what does not fit."""
     with pytest.raises(ClusterError) as caught:
-        fitting_positions(needs, wanted, is_explicit)
+        fitting(needs, Wish(wanted, is_explicit, 1, kv_bytes))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 @pytest.mark.parametrize("is_explicit", [False, True])
 def test_all_that_is_wanted_fits(is_explicit: bool) -> None:
-    assert fitting_positions([need("a", 1, 1000, 8)], 4096, is_explicit) == 4096
+    assert positions([need("a", 1, 1000, 8)], 4096, is_explicit) == 4096
+    assert positions([need("a", 1, 1000, 8)], 4000, is_explicit) == 4000
 
 
 def test_fewer_positions_where_nobody_insists() -> None:
-    # 95 % of 2 GB less 1 GB of weights are 0.9 GB.
-    assert fitting_positions([need("a", 1, 100_000, 2)], 131072, False) == 9000
+    # 95 % of 2 GB less 1 GB of weights are 0.9 GB: 9000 positions, 35 whole pages.
+    assert positions([need("a", 1, 100_000, 2)], 131072, False) == 8960
 
 
 def test_the_tightest_host_decides() -> None:
     needs = [need("a", 1, 100_000, 2), need("b", 1, 100_000, 1.6), need("c", 1, 100_000, 100)]
-    assert fitting_positions(needs, 131072, False) == 5200
+    assert positions(needs, 131072, False) == 5120
 
 
 def test_ranks_on_one_host_share_its_memory() -> None:
     needs = [need("a", 0.25, 40_000, 2), need("b", 1, 1, 50), need("a", 0.75, 60_000, 2)]
-    assert fitting_positions(needs, 131072, False) == 9000
+    assert positions(needs, 131072, False) == 8960
 
 
 def test_the_least_of_what_ranks_saw_free_on_one_host_counts() -> None:
     needs = [need("a", 0.5, 50_000, 9), need("a", 0.5, 50_000, 2)]
-    assert fitting_positions(needs, 131072, False) == 9000
+    assert positions(needs, 131072, False) == 8960
 
 
 def test_exactly_what_fits() -> None:
-    tight = [Need("a", 500, 10, 1000)]  # 950 may be used: 45 positions
-    assert fitting_positions(tight, 45, True) == 45
-    assert "--max-seq-len 45 fits" in refused(tight, 46, True)
+    tight = [Need("a", 500, 1, 1053)]  # 1000 may be used: 500 positions, one whole page
+    assert positions(tight, 256, True) == 256
+    assert "--max-seq-len 256 fits" in refused(tight, 257, True)
 
 
 def test_what_was_asked_for_does_not_fit() -> None:
     assert refused([need("node7", 1, 100_000, 2)], 20_000, True) == (
         "rank 0 needs 3.00 GB (weights and buffers 1.00 GB, KV cache for 20000 positions 2.00 GB),"
-        " node7 has 1.90 GB free: --max-seq-len 9000 fits"
+        " node7 has 1.90 GB free: --max-seq-len 8960 fits"
     )
 
 
 def test_a_useful_context_does_not_fit() -> None:
     assert refused([need("node7", 1, 10_000_000, 2)], 20_000, False) == (
         "rank 0 needs 3.56 GB (weights and buffers 1.00 GB, KV cache for 256 positions 2.56 GB),"
-        " node7 has 1.90 GB free: --max-seq-len 90 fits"
+        " node7 has 1.90 GB free: use more hosts, smaller --weights or another --split"
     )
 
 
-def test_a_short_context_is_no_reason_to_refuse() -> None:
-    assert fitting_positions([need("a", 1, 10_000_000, 2)], 90, False) == 90
+def test_a_short_context_takes_a_page() -> None:
+    assert positions([need("a", 1, 1_000_000, 2)], 90, False) == 90
+    assert "KV cache for 90 positions" in refused([need("a", 1, 10_000_000, 2)], 90, False)
 
 
 def test_not_even_the_weights_fit() -> None:
@@ -93,8 +100,27 @@ def test_memory_of_this_host_is_told() -> None:
 
 
 def test_states_alone_take_no_room_for_positions() -> None:
-    assert fitting_positions([need("a", 1, 0, 2)], 4096, False) == 4096
+    assert positions([need("a", 1, 0, 2)], 4096, False) == 4096
     assert "use more hosts" in refused([need("a", 3, 0, 2)], 4096, False)
+
+
+def test_sequences_share_what_there_is() -> None:
+    """Many sequences take no more memory than there is, and no more than they can use."""
+    rank = [need("a", 1, 100_000, 2)]  # room for 35 pages
+    assert fitting(rank, Wish(1024, True, 64)) == Room(1024, 35)
+    assert fitting(rank, Wish(1024, True, 3)) == Room(1024, 12)
+    assert fitting(rank, Wish(131072, False, 64)) == Room(8960, 35)
+
+
+def test_memory_for_the_cache_by_order() -> None:
+    rank = [need("a", 1, 100_000, 2), need("b", 1, 50_000, 2)]
+    assert fitting(rank, Wish(1024, True, 64, GB // 2)) == Room(1024, 19)
+    assert fitting(rank, Wish(131072, False, 1, GB // 2)) == Room(4864, 19)
+    assert fitting(rank, Wish(256, True, 1, GB // 2)) == Room(256, 19)  # the rest remembers
+    assert refused(rank, 1024, True, GB // 20) == (
+        "--kv-memory 0.05 holds 256 positions, and --max-seq-len is 1024: give 0.102 or more"
+    )
+    assert refused(rank, 1024, True, 2 * GB).endswith("a has 1.90 GB free: --kv-memory 0.896 fits")
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
@@ -118,8 +144,7 @@ def test_cache_and_buffers() -> None:
         assert memory_bytes(GQA, part, "f32") == (0, 2 * 1 * (32 + 16) * 4)
         few, many = (MemoryPlan(GQA, kept, tokens).buffers(part, ["a", "b"]) for tokens in (1, 100))
         assert 0 < few < many
-        plan = MemoryPlan(GQA, kept, 1, slots=3)
-        assert plan.per_position(part) == 3 * 2 * 1 * (32 + 16) * 2
-        assert sum(plan.parts(part, ["a", "b"], 10).values()) == plan.fixed(part, ["a", "b"]) + 10 * plan.per_position(
-            part
-        )
+        plan = MemoryPlan(GQA, kept, 1, sequences=3)
+        each = 2 * 1 * (32 + 16) * 2 + 4  # keys, values and the token's id
+        assert plan.per_position(part) == each
+        assert sum(plan.parts(part, ["a", "b"], 10).values()) == plan.fixed(part, ["a", "b"]) + 256 * each

@@ -12,6 +12,7 @@ import pytest
 from dllama_mpi.engine import sampler
 from dllama_mpi.engine.llm import Prompt
 from dllama_mpi.engine.request import SamplingParams
+from dllama_mpi.engine.stats import Stats
 from dllama_mpi.engine.step import Step
 from dllama_mpi.errors import DllamaError, RequestError, UsageError
 from dllama_mpi.kernels.layout import aligned_empty
@@ -261,20 +262,19 @@ def test_penalties_count_prompt_and_output(load: Load) -> None:
 @pytest.mark.parametrize("name", ["llama2", "mistral", "llama_dynamic"])
 def test_a_session_gives_what_calls_give(name: str, load: Load) -> None:
     case = CASES[name]
-    first = prompts(case)[4]
-    fresh, kept = load(case, prefill_chunk=7), load(case, prefill_chunk=7)
+    first = prompts(case)[5]
+    kept = load(case, prefill_chunk=7)
     with kept.session() as leads:
         assert leads
         tokens = first
         for added in ([], [5, 6], [9]):
             tokens = [*tokens, *added]
             params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
-            ref, got = fresh.generate(tokens, params), kept.generate(tokens, params)
-            assert got.token_ids == ref.token_ids
+            got = kept.generate(tokens, params)
+            assert got.token_ids == load(case, prefill_chunk=7).generate(tokens, params).token_ids
             tokens = [*tokens, *got.token_ids]
-        feeds = [sum(step.tokens for step in r.stats.prefill) for r in (ref, got)]
-        assert (feeds[1] < feeds[0]) == (name != "llama_dynamic")  # whose keys depend on the sequence's length
-    assert kept.generate(first, params).token_ids == fresh.generate(first, params).token_ids
+        assert (got.usage.cached_tokens > 16) == (name != "llama_dynamic")  # whose keys depend on the sequence's length
+    assert kept.generate(first, params).token_ids == load(case).generate(first, params).token_ids
 
 
 def test_logits_amid_a_session_do_not_spoil_it(load: Load) -> None:
@@ -312,11 +312,13 @@ def test_a_generator_may_be_left_early(load: Load) -> None:
     many: list[Prompt] = list(prompts(case)[:3])
     ref = llm.generate(many, params)
     with llm.session():
-        running = llm.engine.run([llm.request(prompt, params) for prompt in many], ref[0].stats)
+        stats = Stats()
+        running = llm._run(llm._add([llm.request(prompt, params) for prompt in many], stats), stats)
         for _ in range(4):
             next(running)
         assert isinstance(running, Generator)
         running.close()
+        assert llm.engine.is_idle
         assert [r.token_ids for r in llm.generate(many, params)] == [r.token_ids for r in ref]
 
 
@@ -378,3 +380,66 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str, load: Loa
     with pytest.raises(DllamaError) as caught:
         load(CASES["llama2"], **options)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params"),
+    [
+        (None, None), (7, None), (1.5, None), ([1.5], None), ([1, None], None), ([[1, [2]]], None), ([True], None),
+        ([-1], None), ([10**9], None), ({1: 2}, None), ([[1], 3], None), ([1, "a"], None), ([], None), ([[]], None),
+        ([1, 2], 5), ([1, 2], {"temperature": 0}), (np.zeros((1, 2, 3)), None),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_given_wrong_is_refused_and_the_next_call_works(prompt: Any, params: Any, load: Load) -> None:
+    llm = load(CASES["llama2"])
+    with pytest.raises(RequestError) as caught:
+        llm.generate(prompt, params)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RequestError):
+        list(llm.stream(prompt, params))
+    assert len(llm.generate([1, 2], SamplingParams(max_tokens=3, ignore_eos=True)).token_ids) == 3
+
+
+def test_biases_and_log_probabilities(load: Load) -> None:
+    llm, prompt = load(CASES["llama2"]), [5, 6, 7]
+    logits = llm.logits(prompt)[-1].astype(np.float64)
+    last = int(logits.argmin())
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, logprobs=3, logit_bias={last: 100})
+    logits[last] += 100
+    ref = logits - np.logaddexp.reduce(logits)
+    got = llm.generate(prompt, params)
+    assert got.token_ids == [last]
+    assert got.logprobs is not None
+    assert [i for i, _ in got.logprobs[0].top] == np.argsort(-ref)[:3].tolist()
+    assert [value for _, value in got.logprobs[0].top] == pytest.approx(np.sort(ref)[::-1][:3], abs=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [64, 256])
+def test_a_shared_beginning_changes_no_bit(chunk: int, load: Load) -> None:
+    """A text of several pages, and others that turn off from it within pages and between them."""
+    case = CASES["llama2"]
+    text = np.random.default_rng(3).integers(0, case.config["vocab_size"], 700).tolist()
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logprobs=2)
+    options: dict[str, Any] = {"max_seq_len": 1024, "max_batch": 4, "prefill_chunk": chunk}
+    shared = load(case, **options)
+    shared.generate(text, params)
+    asked: list[Prompt] = [[*text[:n], 1, 2, 3] for n in (700, 512, 511, 300, 20)]
+    together = shared.generate(asked, params)
+    assert [r.usage.cached_tokens for r in together] == [700, 512, 511, 300, 20]
+    for prompt, got in zip(asked, together, strict=True):
+        ref = load(case, **options).generate(prompt, params)
+        assert (got.token_ids, ref.usage.cached_tokens) == (ref.token_ids, 0)
+
+
+def test_few_pages_for_many_sequences(load: Load) -> None:
+    """Sequences that cannot all stay give way and come back, with the text they have alone."""
+    case = CASES["llama2"]
+    prompts = [np.random.default_rng(i).integers(0, case.config["vocab_size"], 240).tolist() for i in range(3)]
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+    llm = load(case, max_seq_len=512, max_batch=3)
+    ref = [llm.generate(prompt, params).token_ids for prompt in prompts]
+    tight = load(case, max_seq_len=512, max_batch=3, kv_memory=3.5 * 256 * llm.memory.per_position(llm.shards[0]) / 1e9)
+    assert tight.pages == 3
+    assert [r.token_ids for r in tight.generate(list(prompts), params)] == ref
+    assert tight.engine.snapshot().preemptions > 0

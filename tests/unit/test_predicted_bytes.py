@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dllama_mpi.kernels.layout import BLOCK, ceil_to
+from dllama_mpi.kernels.layout import BLOCK, PAGE, ceil_to
 from dllama_mpi.model.buffers import Sizes
 from dllama_mpi.model.build import load
 from dllama_mpi.model.config import ModelConfig
@@ -18,17 +18,18 @@ from dllama_mpi.startup.shares import MemoryPlan, shards_of
 from tests.allocated import transformer_bytes
 from tests.small_models import DENSE, SPARSE, STATE
 
-POSITIONS, TOKENS, SLOTS = 512, 65, 2
+POSITIONS, TOKENS, SEQUENCES = 512, 65, 2
 CONFIGS = {"dense": DENSE, "sparse": SPARSE, "state": STATE}
 
 
-def allocated(config: ModelConfig, kept: Kept, ranks: int, rank: int) -> int:
+def allocated(config: ModelConfig, plan: MemoryPlan, ranks: int, rank: int) -> int:
     """Return what a rank of so many allocates, but for its all-reduces'."""
+    kept = plan.kept
     group, shard = TensorParallelGroup(None), shards_of(config, [1.0] * ranks)[rank]
     weights = load(random_source("small", config), config, shard, kept.formats)
     model = Transformer(weights, config, Rank(group, shard, kept.formats, 1))
     terms = group.prepare_all_reduce(TOKENS, ceil_to(config.hidden_size, BLOCK), kept.payload, "auto")
-    model.allocate(terms, Sizes(TOKENS, SLOTS, POSITIONS, kept.kv_type))
+    model.allocate(terms, Sizes(TOKENS, plan.slots, POSITIONS // PAGE, kept.kv_type))
     return transformer_bytes(model) - terms.nbytes
 
 
@@ -38,13 +39,13 @@ def allocated(config: ModelConfig, kept: Kept, ranks: int, rank: int) -> int:
 def test_predicted_is_allocated(name: str, recipe: str, kv_type: str, ranks: int) -> None:
     config = CONFIGS[name]
     kept = Kept.of(WeightRecipe.parse(recipe).formats(config), kv_type)
-    plan, hosts = MemoryPlan(config, kept, TOKENS, SLOTS), [f"host{rank}" for rank in range(ranks)]
+    plan, hosts = MemoryPlan(config, kept, TOKENS, SEQUENCES), [f"host{rank}" for rank in range(ranks)]
     shards = shards_of(config, [1.0] * ranks)
     needs = plan.needs(shards, [(host, 10**12) for host in hosts])
     width = ceil_to(config.hidden_size, BLOCK)
     exchanged = all_reduce_bytes(ranks, 1, ranks, TOKENS, width, kept.payload)
     for rank in {0, ranks // 2, ranks - 1}:
         predicted = needs[rank].fixed + POSITIONS * needs[rank].per_position
-        found = allocated(config, kept, ranks, rank) + exchanged
+        found = allocated(config, plan, ranks, rank) + exchanged
         assert predicted == pytest.approx(found, rel=0.02)
         assert sum(plan.parts(shards[rank], hosts, POSITIONS).values()) == predicted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from dllama_mpi.engine.step import ROW, Step, Want
+from dllama_mpi.engine.step import BIAS, ROW, Step, Want
 from dllama_mpi.errors import UsageError
 from dllama_mpi.kernels.layout import BLOCK, FORMATS, ROWS, TileFormat, ceil_to
 from dllama_mpi.kernels.quantize import NO_SCALES, pack_tiles, unpack_tiles, update_row_scales
@@ -142,14 +143,17 @@ def batches(draw: st.DrawFn) -> Batch:
     """Return any batch."""
     tokens, rows = draw(st.integers(0, 20)), draw(st.integers(0, 8))
     columns = [draw(arrays(np.int32, size, elements=INTEGERS)) for size in (tokens, tokens, tokens, tokens, rows)]
-    return Batch(*columns)
+    table = st.lists(st.integers(0, 2**20) | st.integers(5, 9), max_size=9)
+    tables = draw(st.dictionaries(st.integers(0, 99), table | st.integers(0, 5).map(range), max_size=5))
+    copies = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=3)
+    return Batch.of(columns[:4], columns[4], tables, draw(copies), draw(copies))
 
 
 def assert_same(first: Batch, second: Batch) -> None:
     """Check that batches are equal."""
-    for name in ("token_ids", "positions", "slots", "lengths", "logit_rows"):
-        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
-        assert getattr(second, name).dtype == np.int32
+    for column in fields(Batch):
+        np.testing.assert_array_equal(getattr(first, column.name), getattr(second, column.name))
+        assert getattr(second, column.name).dtype == np.int32
 
 
 @given(batch=batches(), rest=st.binary(max_size=40))
@@ -161,11 +165,16 @@ def test_a_batch_comes_back_from_its_bytes(batch: Batch, rest: bytes) -> None:
 
 @given(
     batch=batches(),
-    rows=array_shapes(min_dims=1, max_dims=1, max_side=8).flatmap(lambda shape: arrays(ROW, shape)),
+    biases=array_shapes(min_dims=1, max_dims=1, max_side=8).flatmap(lambda shape: arrays(BIAS, shape)),
     want=st.sampled_from(Want),
+    data=st.data(),
 )
-def test_a_step_comes_back_from_its_bytes(batch: Batch, rows: npt.NDArray[np.void], want: Want) -> None:
-    found = Step.from_bytes(Step(batch, rows, want).to_bytes())
+def test_a_step_comes_back_from_its_bytes(
+    batch: Batch, biases: npt.NDArray[np.void], want: Want, data: st.DataObject
+) -> None:
+    rows = data.draw(arrays(ROW, len(batch.logit_rows)))
+    found = Step.from_bytes(Step(batch, rows, want, biases).to_bytes())
+    assert found.biases.tobytes() == biases.tobytes()
     assert_same(batch, found.batch)
     assert found.rows.dtype == ROW
     assert found.rows.tobytes() == rows.tobytes()  # bits: a NaN is not equal to itself

@@ -9,7 +9,7 @@ import pytest
 from dllama_mpi.errors import ClusterError, UsageError
 from dllama_mpi.model.recipe import WeightRecipe
 from dllama_mpi.model.tensors import heads_axis
-from dllama_mpi.startup.memory import Need, fitting_positions, usable_bytes
+from dllama_mpi.startup.memory import Need, fitting, usable_bytes
 from dllama_mpi.startup.opening import model_config
 from dllama_mpi.startup.options import Kept
 from dllama_mpi.startup.shares import MemoryPlan, fitting_shares, most_ranks, shards_of, split_line
@@ -104,7 +104,7 @@ def test_where_nothing_fits_the_memory_check_says_so() -> None:
     assert found == pytest.approx([0.75, 0.25])
     assert bound == set()
     with pytest.raises(ClusterError, match=r"rank 0 needs .* GB .*, a has 0\.10 GB free"):
-        fitting_positions(plan().needs(shards_of(ONE_B, found), hosts), 1024, True)
+        fitting(plan().needs(shards_of(ONE_B, found), hosts), plan().wish)
 
 
 def test_the_same_everywhere() -> None:

@@ -6,13 +6,15 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from dllama_mpi.engine.completion import Completion
+from dllama_mpi.engine.engine import Engine
 from dllama_mpi.engine.llm import LLM, Generation
 from dllama_mpi.engine.lookup import MOST_DRAFTS, DraftCost, Lookup
 from dllama_mpi.engine.request import SamplingParams
@@ -75,17 +77,26 @@ def generate(llm: LLM, prompt: Any, **params: Any) -> Generation:
 
 
 def scripted(
-    llm: LLM, prompts: list[list[int]], known: list[list[int]], **params: Any
-) -> tuple[list[list[int]], Stats]:
-    """Return the outputs of prompts that run together, with drafts of known continuations, and the figures."""
-    stats, requests = Stats(), [llm.request(prompt, SamplingParams(**params)) for prompt in prompts]
-    for seed, (request, output) in enumerate(zip(requests, known, strict=True)):
-        request.lookup = Scripted([*request.tokens, *output], llm.config.vocab_size, seed)
-    taken: dict[int, list[int]] = {id(request): [] for request in requests}
-    for request, token, _ in llm.engine.run(requests, stats):
-        taken[id(request)].append(token)
-    assert [taken[id(request)] for request in requests] == [request.output_ids for request in requests]
-    return [request.output_ids for request in requests], stats
+    llm: LLM, prompts: list[list[int]], known: list[list[int]], seeds: Sequence[int] | None = None, **params: Any
+) -> tuple[list[Completion], Stats]:
+    """Return what prompts get that run together, with drafts of known continuations, and the figures."""
+    texts = [[*prompt, *output] for prompt, output in zip(prompts, known, strict=True)]
+    mistakes = params.pop("mistakes", 0.2)
+    drafters = iter([Scripted(text, llm.config.vocab_size, i, mistakes) for i, text in enumerate(texts)])
+    engine = Engine(llm._runner, llm.group, llm.engine.context, llm.engine.scheduler.limits, lambda: next(drafters))
+    stats = Stats(speculates=True)
+    asked = [params if seeds is None else params | {"seed": seed} for seed in seeds or range(len(prompts))]
+    completions = {}
+    for prompt, each in zip(prompts, asked, strict=True):
+        request, text = llm.request(prompt, SamplingParams(**each))
+        request_id = engine.add(request)
+        completions[request_id] = Completion(request_id, text)
+    while not engine.is_idle:
+        for output in engine.step():
+            completions[output.id].take(output)
+        if engine.last_step is not None:
+            stats.take(engine.last_step)
+    return list(completions.values()), stats
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -114,10 +125,12 @@ def test_right_and_wrong_drafts_of_several_sequences(name: str, sampler: dict[st
     options: dict[str, Any] = {"weights": "f32", "max_seq_len": 64, "max_batch": 3, "prefill_chunk": 7}
     params = {"max_tokens": 30, "ignore_eos": True} | sampler
     alone = [generate(load(folder(name), **options), prompt, **params).token_ids for prompt in prompts]
-    outputs, stats = scripted(load(folder(name), **options, speculate="lookup"), prompts, alone, **params)
-    assert outputs == alone
+    found, stats = scripted(load(folder(name), **options, speculate="lookup"), prompts, alone, **params)
+    assert [each.token_ids for each in found] == alone
     figures = stats.speculation()
     assert 0 < figures["accepted"] < figures["drafted"]
+    used = [each.usage for each in found if each.usage is not None]
+    assert (sum(u.drafted for u in used), sum(u.accepted for u in used)) == (figures["drafted"], figures["accepted"])
     assert sum(s.tokens for s in stats.prefill + stats.decode) == sum(map(len, prompts)) + 5 * 30 - 5
     assert sum(s.drafted for s in stats.prefill) > 0
     assert (stats.full_gathers > 0) == ("top_k" not in sampler and sampler["temperature"] > 0.5)
@@ -128,15 +141,15 @@ def test_a_session_keeps_only_what_is_right(folder: Any) -> None:
     rng = np.random.default_rng(8)
     options: dict[str, Any] = {"weights": "f32", "max_seq_len": 128}
     params: dict[str, Any] = {"temperature": 0, "max_tokens": 20, "ignore_eos": True}
-    plain, llm = load(folder("llama2"), **options), load(folder("llama2"), **options, speculate="lookup")
+    llm = load(folder("llama2"), **options, speculate="lookup")
     prompt = rng.integers(0, CASES["llama2"].config["vocab_size"], 10).tolist()
-    with llm.session():
-        for _ in range(4):
-            known = generate(plain, prompt, **params).token_ids
-            outputs, stats = scripted(llm, [prompt], [known], **params)
-            assert outputs == [known]
-            prompt = [*prompt, *known]
-        assert stats.prefill[0].tokens < 5  # of 70: the rest was there
+    whole = generate(load(folder("llama2"), **options), prompt, **params | {"max_tokens": 80}).token_ids
+    drafter = Scripted([*prompt, *whole], llm.config.vocab_size, 0)
+    llm.engine = Engine(llm._runner, llm.group, llm.engine.context, llm.engine.scheduler.limits, lambda: drafter)
+    for turn in range(4):
+        got = generate(llm, [*prompt, *whole[: 20 * turn]], **params)
+        assert got.token_ids == whole[20 * turn : 20 * turn + 20]
+    assert got.stats.prefill[0].tokens < 20  # of 70: the rest was there
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -158,7 +171,7 @@ def test_the_end_is_met_within_accepted_drafts(stop: str | None, limit: int) -> 
 
 
 def test_a_drafted_stop_token_ends_the_text(folder: Any, tmp_path: Path) -> None:
-    prompt, params = [5, 6, 7], SamplingParams(temperature=0, max_tokens=30)
+    prompt = [5, 6, 7]
     model = write_model(CASES["llama2"], tmp_path / "model")
     (model / "generation_config.json").write_text("{}")
     config = json.loads((model / "config.json").read_text())
@@ -167,28 +180,30 @@ def test_a_drafted_stop_token_ends_the_text(folder: Any, tmp_path: Path) -> None
     stop = whole[12]
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
     llm = load(model, weights="f32", max_seq_len=64, speculate="lookup")
-    for seed in range(10):
-        request = llm.request(prompt, params)
-        request.lookup = Scripted([*prompt, *whole], llm.config.vocab_size, seed, mistakes=0)
-        taken = [token for _, token, _ in llm.engine.run([request], Stats())]
-        assert taken == whole[: whole.index(stop) + 1]
-        assert (request.output_ids, request.finish_reason) == (whole[: whole.index(stop)], "stop")
+    found, stats = scripted(llm, [prompt] * 5, [whole] * 5, temperature=0, max_tokens=30, mistakes=0.0)
+    assert stats.speculation()["accepted"] > 0
+    for each in found:
+        assert (each.token_ids, each.finish_reason) == (whole[: whole.index(stop)], "stop")
 
 
 def test_cancelled_amid_a_step(folder: Any) -> None:
     """Tokens that were taken are all given out, then nothing more."""
     llm, params = load(folder("llama2"), weights="f32", max_seq_len=64, speculate="lookup"), SamplingParams(0.0)
     known = generate(llm, [5, 6, 7], temperature=0, ignore_eos=True, max_tokens=40).token_ids
-    request = llm.request([5, 6, 7], SamplingParams(temperature=params.temperature, ignore_eos=True))
-    request.lookup = Scripted([5, 6, 7, *known], llm.config.vocab_size, 1, mistakes=0)
-    taken = []
-    for _, token, _ in llm.engine.run([request], Stats()):
-        taken.append(token)
-        if len(taken) == 4:
-            llm.cancel()
-    assert taken == request.output_ids == known[: len(taken)]
+    drafter = Scripted([5, 6, 7, *known], llm.config.vocab_size, 1, mistakes=0)
+    engine = Engine(llm._runner, llm.group, llm.engine.context, llm.engine.scheduler.limits, lambda: drafter)
+    request, _ = llm.request([5, 6, 7], SamplingParams(temperature=params.temperature, ignore_eos=True))
+    request_id, taken, reasons = engine.add(request), list[int](), list[str | None]()
+    while not engine.is_idle:
+        for output in engine.step():
+            taken += output.token_ids
+            reasons.append(output.finish_reason)
+        if len(taken) >= 4:
+            engine.cancel(request_id)
+            reasons += [output.finish_reason for output in engine.step()]
+    assert taken == known[: len(taken)]
     assert 4 <= len(taken) <= 4 + 1 + MOST_DRAFTS
-    assert request.finish_reason == "abort"
+    assert reasons[-1] == "abort"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -207,17 +222,12 @@ def test_sampled_texts_have_the_models_distribution(mistakes: float, folder: Any
     prompt, draws = [5, 6, 7], 4000
     expected = exact(llm, prompt, 4, filters)
     likeliest = max((chance, list(text)) for text, chance in expected.items())[1]
-    stats, requests = Stats(), []
-    for seed in range(draws):
-        request = llm.request(prompt, SamplingParams(**filters, max_tokens=4, seed=seed, ignore_eos=True))
-        request.lookup = Scripted([*prompt, *likeliest], llm.config.vocab_size, seed, mistakes)
-        requests.append(request)
-    for _ in llm.engine.run(requests, stats):
-        pass
+    params = filters | {"max_tokens": 4, "ignore_eos": True, "mistakes": mistakes}
+    found, stats = scripted(llm, [prompt] * draws, [likeliest] * draws, range(draws), **params)
     figures = stats.speculation()
     assert figures["drafted"] > draws
     assert (figures["accepted"] > draws / 8) == (mistakes < 1)
-    assert chi_square(Counter(tuple(r.output_ids) for r in requests), expected, draws) < 4
+    assert chi_square(Counter(tuple(each.token_ids) for each in found), expected, draws) < 4
 
 
 def exact(llm: LLM, prompt: list[int], length: int, filters: dict[str, Any]) -> dict[tuple[int, ...], float]:

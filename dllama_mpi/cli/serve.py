@@ -1,0 +1,252 @@
+"""Serve the model over HTTP: OpenAI's API and others, many clients at once, a page for people.
+
+SIGTERM or Ctrl-C lets running requests finish, then ends all ranks; a second Ctrl-C ends them at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ModelError, UsageError
+from ..log import say
+from .options import add_model_options, add_sampling_options, add_speculation_option, load, number, read_text, sampling
+
+if TYPE_CHECKING:
+    from ..engine.llm import LLM
+    from ..parallel.group import TensorParallelGroup
+    from ..server.grammar import Grammars
+    from ..server.run import HttpServer
+    from ..server.served import Served
+
+KEY_VARIABLE = "DLLAMA_MPI_API_KEY"
+_STYLES = ("auto", "hermes", "llama3", "mistral", "none")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="where to listen; 0.0.0.0: everywhere (default: 127.0.0.1)",
+    )
+    group.add_argument("--port", type=number(int, 0, 65535), default=9990, help="port (default: 9990; 0: a free one)")
+    group.add_argument(
+        "--max-batch", type=number(int, 1), default=16, metavar="N", help="requests that run at once (default: 16)"
+    )
+    group.add_argument(
+        "--max-queue",
+        type=number(int, 1),
+        default=256,
+        metavar="N",
+        help="requests that may wait; more are told to come back (default: 256)",
+    )
+    group.add_argument(
+        "--max-step-ms",
+        type=number(float, 0, above=True),
+        default=250.0,
+        metavar="MS",
+        help="how long a step may take while prompts are read beside running answers (default: 250)",
+    )
+    group.add_argument(
+        "--alias", action="append", default=[], metavar="NAME",
+        help="another name that clients may call the model; may be repeated; *: any name",
+    )  # fmt: skip
+    group.add_argument(
+        "--drain-timeout", type=number(int, 0), default=30, metavar="SECONDS",
+        help="how long running requests may go on when the server is told to end (default: 30)",
+    )  # fmt: skip
+    group.add_argument(
+        "--chat-template", metavar="NAME",
+        help="llama2, llama3, deepseek3, chatml, mistral, zephyr, or a .jinja file (default: the model's)",
+    )  # fmt: skip
+    group.add_argument(
+        "--tool-parser", choices=_STYLES, default="auto",
+        help="how the model writes tool calls (default: auto, what its chat template teaches)",
+    )  # fmt: skip
+    _add_access_options(parser)
+    add_speculation_option(parser)
+    add_model_options(parser)
+    add_sampling_options(parser)
+
+
+def _add_access_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("access")
+    group.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY",
+        help=f"a key that clients must give; may be repeated; also from the variable {KEY_VARIABLE} (default: none)",
+    )  # fmt: skip
+    group.add_argument("--api-key-file", metavar="FILE", help="a file with keys, one a line")
+    group.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME",
+        help="a name besides this machine's that a request's Host may have; may be repeated; *: any",
+    )  # fmt: skip
+    group.add_argument(
+        "--cors-origin", action="append", default=[], metavar="ORIGIN",
+        help="let pages of this origin call, such as https://chat.example.org; may be repeated; *: any (default: none)",
+    )  # fmt: skip
+    group.add_argument("--ssl-certfile", metavar="FILE", help="certificate, for https")
+    group.add_argument("--ssl-keyfile", metavar="FILE", help="the certificate's key")
+    group.add_argument(
+        "--max-body", type=number(float, 0, above=True), default=10, metavar="MB", help="largest request (default: 10)"
+    )
+    group.add_argument(
+        "--header-timeout", type=number(float, 0, above=True), default=15, metavar="SECONDS",
+        help="how long a client may take to send a request's head (default: 15)",
+    )  # fmt: skip
+    group.add_argument(
+        "--idle-timeout", type=number(int, 1), default=75, metavar="SECONDS",
+        help="how long a connection may stay open between requests (default: 75)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until told to end; every rank takes part."""
+    from ..parallel.group import connect
+
+    group = connect()
+    server: HttpServer | None = None
+    with group.together():
+        if group.is_root:
+            server = _listen(args)
+            server.start()
+    try:
+        llm = load(args, group, args.max_batch, max_queue=args.max_queue, max_step_ms=args.max_step_ms, responsive=True)
+        with group.together():
+            served = _served(args, llm) if group.is_root else None
+        with _left_to_root(group), llm.session() as leads:
+            if leads:
+                assert server is not None
+                assert served is not None
+                say(f"serving {served.names[0]} on {server.url} ({group.size} rank{'s' * (group.size > 1)})")
+                server.serve(llm.engine, served)
+    finally:
+        if server is not None:
+            server.close()
+    return 0
+
+
+@contextmanager
+def _left_to_root(group: TensorParallelGroup) -> Iterator[None]:
+    """Have workers ignore the signals that launchers send to every rank: the root ends them."""
+    if not group.is_root:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda *_: None)
+    yield
+
+
+def _listen(args: argparse.Namespace) -> HttpServer:
+    """Return the server, listening.
+
+    Raises:
+        UsageError: an option cannot be used, or the extra is not installed.
+    """
+    try:
+        from ..server.gate import GateOptions, known_hosts
+        from ..server.run import HttpServer, ServeOptions
+    except ImportError as error:
+        raise UsageError(f"serve needs {error.name}; pip install 'dllama-mpi[serve]'") from None
+    names = [*args.allow_host, *([args.host] if args.host else [])]
+    gate = GateOptions(
+        keys=_keys(args),
+        hosts=known_hosts(names, socket.gethostname()),
+        origins=tuple(args.cors_origin),
+        body_bytes=int(1e6 * args.max_body),
+    )
+    return HttpServer(
+        ServeOptions(
+            host=args.host,
+            port=args.port,
+            gate=gate,
+            certfile=args.ssl_certfile,
+            keyfile=args.ssl_keyfile,
+            header_timeout=args.header_timeout,
+            idle_timeout=args.idle_timeout,
+            drain_timeout=args.drain_timeout,
+        )
+    )
+
+
+def _keys(args: argparse.Namespace) -> tuple[str, ...]:
+    keys = [*args.api_key, os.environ.get(KEY_VARIABLE, "")]
+    if args.api_key_file is not None:
+        lines = [line.strip() for line in read_text(args.api_key_file, "--api-key-file").splitlines()]
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise UsageError(f"--api-key-file {args.api_key_file} has no key; write one a line")
+        keys += found
+    if "" in args.api_key:
+        raise UsageError("--api-key is empty; give a key, or leave it out")
+    return tuple(key for key in keys if key)
+
+
+def _served(args: argparse.Namespace, llm: LLM) -> Served:
+    """Return the model as the server's routes see it."""
+    from ..server.parsing import style_of
+    from ..server.served import Served
+    from ..text.chat_template import ChatTemplate
+
+    template: ChatTemplate | None = None
+    try:
+        template = ChatTemplate.load(llm.tokenizer, args.chat_template)
+    except ModelError as error:
+        if args.chat_template is not None:
+            raise
+        say(f"no chats: {error}")
+    source = "\n".join(template.sources.values()) if template is not None else ""
+    path = Path(args.model)
+    names = ("demo" if args.model == "demo" else path.resolve().name, *args.alias)
+    return Served(
+        names=tuple(dict.fromkeys(names)),
+        tokenizer=llm.tokenizer,
+        template=template,
+        vocab_size=llm.config.vocab_size,
+        context=llm.max_seq_len,
+        defaults=sampling(args, llm.folder, None),
+        tool_style=style_of(source) if args.tool_parser == "auto" else args.tool_parser,
+        thinks="</think>" in source,
+        grammars=_grammars(llm),
+        ranks=lambda: _ranks(llm),
+        details=_details(args, llm),
+    )
+
+
+def _grammars(llm: LLM) -> Grammars | None:
+    """Return what makes answers keep to grammars, if llguidance is installed."""
+    from ..server.grammar import Grammars
+
+    try:
+        return Grammars(llm.tokenizer, llm.config.vocab_size)
+    except ImportError:
+        return None
+
+
+def _ranks(llm: LLM) -> list[dict[str, Any]]:
+    """Return what each rank did since it was last asked."""
+    from ..engine.stats import Stats
+
+    stats = Stats()
+    llm.engine.times(stats, False)
+    return [report.to_dict() for report in stats.ranks]
+
+
+def _details(args: argparse.Namespace, llm: LLM) -> dict[str, Any]:
+    group = llm.group
+    ranks = [
+        {"rank": rank, "host": host, "share": share}
+        for rank, (host, share) in enumerate(zip(group.hosts, llm.shares, strict=True))
+    ]
+    return {
+        "model_path": str(llm.folder),
+        "max_batch": args.max_batch,
+        "model": {"n_embd": llm.config.hidden_size, "n_layer": len(llm.config.layers), "weights": llm.weights},
+        "cluster": {"ranks": ranks, "threads": llm.threads, "kv_type": llm.kv_type},
+    }

@@ -1,0 +1,128 @@
+"""A request on its way: its tokens, where it stands, what it holds."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .lookup import Lookup
+from .pages import ROOT
+from .request import Output, Request, RequestStats, SamplingParams, TokenLogprobs
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request's state on the root.
+
+    Attributes:
+        limit: most tokens, prompt included. rng: of its random numbers.
+        lookup: what drafts its next tokens; None for no speculation.
+        tokens: the prompt's ids, then the generated ones.
+        computed: how many of them are in the KV cache. recorded: how many of those its pages are known to hold.
+        slot, pages: what it has while it runs. keys: of its first 0, 1, 2 ... pages, see `pages`.
+        saves: positions at which its state is worth keeping. joined: prompt tokens the scheduler had fed when it began.
+        finish_reason: see `Output`, or None while it runs.
+    """
+
+    id: int
+    request: Request
+    limit: int
+    rng: np.random.Generator
+    lookup: Lookup | None = None
+    tokens: list[int] = field(init=False)
+    computed: int = 0
+    recorded: int = 0
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=lambda: [ROOT])
+    saves: frozenset[int] = frozenset()
+    joined: int = 0
+    finish_reason: str | None = None
+    stop_id: int | None = None
+    cached: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    preempted: int = 0
+    queued: float = field(default_factory=time.perf_counter)
+    first_token: float | None = None
+    last_token: float | None = None
+    _new: list[int] = field(default_factory=list)
+    _logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.token_ids)
+        if self.prompt_length >= self.limit:
+            self.finish_reason = "length"
+
+    @property
+    def params(self) -> SamplingParams:
+        """How its tokens are chosen."""
+        return self.request.params
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.token_ids)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Its place among others: by priority, then by age."""
+        return -self.request.priority, self.id
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has been admitted."""
+        return self.slot >= 0
+
+    @property
+    def left(self) -> int:
+        """Tokens that are not in the KV cache."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether there is more to feed than the last generated token."""
+        return self.left > 1 or self.computed < self.prompt_length
+
+    def append(self, token: int, logprobs: TokenLogprobs | None = None) -> None:
+        """Take a generated token; set `finish_reason` if it is the last."""
+        self.last_token = time.perf_counter()
+        if self.first_token is None:
+            self.first_token = self.last_token
+        if self.request.constraint is not None:
+            self.request.constraint.accept(token)
+        if token in self.request.stop_ids and not self.params.ignore_eos:
+            self.finish_reason, self.stop_id = "stop", token
+            return
+        self.tokens.append(token)
+        self._new.append(token)
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
+        if len(self.tokens) >= self.limit:
+            self.finish_reason = "length"
+
+    def take_output(self) -> Output | None:
+        """Return what there is to tell since the last time, or None."""
+        if not self._new and self.finish_reason is None:
+            return None
+        logprobs = None if self.params.logprobs is None else tuple(self._logprobs)
+        usage = None if self.finish_reason is None else self.usage()
+        output = Output(self.id, tuple(self._new), logprobs, self.finish_reason, self.stop_id, usage)
+        self._new, self._logprobs = [], []
+        return output
+
+    def usage(self) -> RequestStats:
+        """Return what it came to so far."""
+        return RequestStats(
+            prompt_tokens=self.prompt_length,
+            cached_tokens=self.cached,
+            output_tokens=len(self.tokens) - self.prompt_length + (self.stop_id is not None),
+            drafted=self.drafted,
+            accepted=self.accepted,
+            preempted=self.preempted,
+            queued=self.queued,
+            first_token=self.first_token,
+            last_token=self.last_token,
+        )

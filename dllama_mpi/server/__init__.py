@@ -1,0 +1,1 @@
+"""HTTP on the root: routes, dialects of the API, streams, the page. Needs the extra `serve`."""

@@ -1,0 +1,235 @@
+"""The model as routes see it, and the state of the server."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ..engine.request import SamplingParams
+from ..errors import DllamaError, RequestError
+from ..text.chat_template import ChatTemplate
+from ..text.tokenizer import Tokenizer
+from .errors import ApiError, unavailable
+from .grammar import Grammars, MakeConstraint
+from .outbox import EngineLoop
+from .parsing import THINK, Style
+from .schema import Message, ResponseFormat, Sampling, Tool
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that is ready.
+
+    Attributes:
+        names: what clients may call it, the first being its own; "*" takes any. template: None for a model that does
+            not chat. context: positions of a sequence. defaults: of what a request leaves open.
+        tool_style: one of `parsing.STYLES`. thinks: whether the template knows of reasoning. grammars: None where
+            llguidance is not installed. ranks: returns what each rank did since it was last asked; called in the
+            engine's thread. details: for /props.
+    """
+
+    names: tuple[str, ...]
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    vocab_size: int
+    context: int
+    defaults: SamplingParams
+    tool_style: str = "none"
+    thinks: bool = False
+    grammars: Grammars | None = None
+    ranks: Callable[[], list[dict[str, Any]]] | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def check_name(self, name: str | None) -> None:
+        """Raise an ApiError unless the model goes by this name, or none is given."""
+        if name is not None and name not in self.names and "*" not in self.names:
+            known = ", ".join(self.names)
+            raise ApiError(
+                404,
+                f"the model {name[:200]!r} is not served here; there is {known}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[Tool] | None = None, generate: bool = True, **more: Any
+    ) -> str:
+        """Return the prompt that the chat template makes of messages.
+
+        Raises:
+            ApiError: the model has no template, or it refuses the messages.
+        """
+        if self.template is None:
+            raise ApiError(400, "the model has no chat template; use /v1/completions, or start with --chat-template")
+        described = [tool.model_dump(exclude_none=True) for tool in tools] if tools else None
+        try:
+            return self.template.render([_plain(m) for m in messages], generate, described, **more)
+        except RequestError as error:
+            raise ApiError(400, str(error), param="messages") from None
+
+    def style(self, prompt: str, tools: Sequence[Tool] | None, is_formed: bool = False) -> Style:
+        """Return how answers to a rendered prompt are to be read; is_formed: they keep to a grammar from the start."""
+        names = frozenset(tool.function.name for tool in tools or ())
+        end = prompt.rstrip().endswith(THINK)
+        return Style(
+            self.tool_style if tools else "none",
+            names,
+            self.thinks and not is_formed,
+            self.thinks and end and not is_formed,
+        )
+
+    def forced(self, tools: Sequence[Tool] | None, name: str | None) -> MakeConstraint:
+        """Return what makes an answer a call of a tool, of this name or of any.
+
+        Raises:
+            ApiError: there is no such tool, or the model cannot.
+        """
+        chosen = [tool for tool in tools or () if name is None or tool.function.name == name]
+        if not chosen:
+            said = "there are no tools" if name is None else f"{name[:100]!r} is not among the tools"
+            raise ApiError(400, f"tool_choice: {said}", param="tool_choice")
+        return self.needed_grammars("tool_choice").of_tools(chosen, self.tool_style)
+
+    def needed_grammars(self, field: str) -> Grammars:
+        """Return what makes constraints.
+
+        Raises:
+            ApiError: llguidance is not installed where the server runs.
+        """
+        if self.grammars is None:
+            raise ApiError(400, f"{field} needs llguidance, which the server has not installed", param=field)
+        return self.grammars
+
+    def formed(self, wanted: ResponseFormat | None, field: str) -> MakeConstraint | None:
+        """Return what gives an answer its form, or None for any.
+
+        Raises:
+            ApiError: the schema cannot be used.
+        """
+        if wanted is None or wanted.type == "text":
+            return None
+        return self.needed_grammars(field).of_format(wanted, field)
+
+    def encode(self, prompt: str | Sequence[int], field: str, is_rendered: bool = False) -> list[int]:
+        """Return a prompt's token ids, fit for the model.
+
+        Raises:
+            ApiError: empty, too long, or ids out of range; `field` is named.
+        """
+        if isinstance(prompt, str):
+            try:
+                ids = self.tokenizer.encode(prompt, add_special_tokens=not is_rendered)
+            except RequestError as error:
+                raise ApiError(400, f"{field}: {error}", param=field) from None
+            if not ids and self.tokenizer.bos_id is not None:
+                ids = [self.tokenizer.bos_id]
+        else:
+            ids = list(prompt)
+        if not ids:
+            raise ApiError(400, f"{field}: the prompt has no tokens; give at least one", param=field)
+        wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+        if wrong is not None:
+            raise ApiError(400, f"{field}: token id {wrong} is out of range 0 to {self.vocab_size - 1}", param=field)
+        if len(ids) >= self.context:
+            raise ApiError(
+                400,
+                f"{field}: the prompt has {len(ids)} tokens; the context holds {self.context}, an answer included",
+                param=field,
+                code="context_length_exceeded",
+            )
+        return ids
+
+    def params(self, body: Sampling, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Return how tokens are chosen for a request: its own values, else the server's.
+
+        Raises:
+            ApiError: naming the field that is wrong.
+        """
+        repeat = body.repeat_penalty if body.repeat_penalty is not None else body.repetition_penalty
+        given: dict[str, Any] = {
+            "temperature": body.temperature,
+            "top_k": None if body.top_k is None else max(body.top_k, 0),
+            "top_p": None if body.top_p is None else max(body.top_p, 1e-6),  # OpenAI's 0 keeps the best token
+            "min_p": body.min_p,
+            "repeat_penalty": repeat,
+            "presence_penalty": body.presence_penalty,
+            "frequency_penalty": body.frequency_penalty,
+            "max_tokens": max_tokens,
+            "ignore_eos": body.ignore_eos,
+        }
+        changes = {name: value for name, value in given.items() if value is not None}
+        seed = self.defaults.seed if body.seed is None else None if body.seed == -1 else body.seed % 2**63
+        try:
+            return replace(
+                self.defaults, stop=(), seed=seed, logprobs=logprobs, logit_bias=self._biases(body), **changes
+            )
+        except DllamaError as error:
+            raise ApiError(400, str(error), param=str(error).split(" ", 1)[0]) from None
+
+    def stops(self, body: Sampling) -> tuple[str, ...]:
+        """Return a request's stop strings, else the server's."""
+        return body.stops if body.stop is not None else tuple(self.defaults.stop)
+
+    def _biases(self, body: Sampling) -> dict[int, float]:
+        biases = {}
+        for key, value in (body.logit_bias or {}).items():
+            if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < self.vocab_size):
+                raise ApiError(
+                    400,
+                    f"logit_bias: {key[:40]!r} is not a token id from 0 to {self.vocab_size - 1}",
+                    param="logit_bias",
+                )
+            biases[int(key)] = value
+        return biases
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """Return a message as templates read it: content as one text, arguments of calls as objects."""
+    plain: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+    plain["content"] = message.text
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if (value := getattr(message, name)) is not None:
+            plain[name] = value
+    if message.tool_calls:
+        plain["tool_calls"] = [
+            {"id": c.id, "type": "function", "function": {"name": c.function.name, "arguments": _arguments(c.function)}}
+            for c in message.tool_calls
+        ]
+    return plain
+
+
+def _arguments(function: Any) -> Any:
+    try:
+        found = json.loads(function.arguments or "{}")
+    except (ValueError, RecursionError):
+        return function.arguments
+    return found if isinstance(found, dict) else function.arguments
+
+
+@dataclass
+class State:
+    """Where the server stands, for its routes; the HTTP loop's thread alone reads and writes it.
+
+    Attributes:
+        phase: "loading", "ready" or "draining". served, engine: once it has been ready.
+    """
+
+    phase: str = "loading"
+    served: Served | None = None
+    engine: EngineLoop | None = None
+
+    def ready(self) -> tuple[Served, EngineLoop]:
+        """Return what requests need.
+
+        Raises:
+            ApiError: it is not there yet, or the server is ending.
+        """
+        if self.phase == "draining":
+            raise unavailable("the server is shutting down")
+        if self.served is None or self.engine is None:
+            raise unavailable("the model is being loaded", 2)
+        return self.served, self.engine
