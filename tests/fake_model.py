@@ -31,6 +31,11 @@ def logits_after(tokens: list[int]) -> np.ndarray:
     return np.random.default_rng(int.from_bytes(digest, "little")).normal(0, 2, VOCABULARY).astype(np.float32)
 
 
+def state_after(tokens: list[int]) -> np.ndarray:
+    """Return the hidden state (2,) float32 after a text."""
+    return np.array([len(tokens), sum(tokens)], np.float32)
+
+
 @dataclass
 class FakeRunner:
     """Stands in for a runner; fed: tokens in all steps."""
@@ -39,6 +44,7 @@ class FakeRunner:
     fed: int = 0
     steps: list[Step] = field(default_factory=list)
     watch: Any = None
+    pooled: Any = None
 
     def __post_init__(self) -> None:
         self.cache = np.full((self.limits.pages, self.limits.page), -1, np.int64)
@@ -58,8 +64,12 @@ class FakeRunner:
         self.steps.append(step)
         if not len(batch.logit_rows):
             return []
-        logits = np.stack([logits_after(texts[row]) for row in batch.logit_rows])
-        return [local_best(logits, step.rows, 0)]
+        _, scored = step.ends
+        self.pooled = np.array([state_after(texts[row]) for row in batch.logit_rows[scored:]], np.float32)
+        if not scored:
+            return []
+        logits = np.stack([logits_after(texts[row]) for row in batch.logit_rows[:scored]])
+        return [local_best(logits, step.rows[:scored], 0, int(step.rows["k"].max()))]
 
     def _feed(self, batch: Any, i: int) -> list[int]:
         slot, position, size = int(batch.slots[i]), int(batch.positions[i]), self.limits.page
@@ -109,7 +119,7 @@ def alone(request: Request, context: int = 40) -> tuple[list[int], str]:
     rng = np.random.default_rng(p.seed)
     while len(tokens) < limit:
         rows = np.array([row_of(p, len(request.token_ids), VOCABULARY)], ROW)
-        (candidates,) = merge([local_best(logits_after(tokens)[None], rows, 0)])
+        (candidates,) = merge([local_best(logits_after(tokens)[None], rows, 0, int(rows["k"][0]))])
         token = choose(candidates, p, 0.0 if p.temperature == 0 else float(rng.random()))
         assert token is not None
         if token in request.stop_ids and not p.ignore_eos:

@@ -48,13 +48,17 @@ class Model:
 
     def logits(self, tokens: Ints) -> Floats:
         """Return the logits (n, vocab) of one forward pass over n tokens."""
+        head = "lm_head.weight" if "lm_head.weight" in self.tensors else "model.embed_tokens.weight"
+        return matmul(self.tensors[head], self.weights, self.hidden(tokens))
+
+    def hidden(self, tokens: Ints) -> Floats:
+        """Return the final hidden states (n, hidden) of one forward pass over n tokens, behind the last norm."""
         residual = self.tensors["model.embed_tokens.weight"][tokens]
         for layer in range(self.config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}"
             residual = residual + self._attention(self._norm(residual, f"{prefix}.input_layernorm"), layer)
             residual = residual + self._mlp(self._norm(residual, f"{prefix}.post_attention_layernorm"), f"{prefix}.mlp")
-        head = "lm_head.weight" if "lm_head.weight" in self.tensors else "model.embed_tokens.weight"
-        return matmul(self.tensors[head], self.weights, self._norm(residual, "model.norm"))
+        return self._norm(residual, "model.norm")
 
     def _norm(self, x: Floats, name: str) -> Floats:
         weight, eps = self.tensors[f"{name}.weight"], self.config["rms_norm_eps"]

@@ -8,7 +8,8 @@ from typing import Any, TypeVar, overload
 
 import numpy as np
 
-from dllama_mpi.engine.llm import LLM, Generation, Prompt
+from dllama_mpi.engine.completion import Generation
+from dllama_mpi.engine.llm import LLM, Prompt
 from dllama_mpi.engine.request import SamplingParams
 from dllama_mpi.parallel.group import TensorParallelGroup
 
@@ -37,6 +38,9 @@ class OneRank(LLM):
     ) -> list[Generation]: ...
     def generate(self, prompt: Any, params: SamplingParams | None = None, *, measure_links: bool = False) -> Any:
         return there(super().generate(prompt, params, measure_links=measure_links))
+
+    def embed(self, prompts: Sequence[Prompt], pooling: str = "mean") -> np.ndarray:
+        return there(super().embed(prompts, pooling))
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         return there(super().logits(token_ids))

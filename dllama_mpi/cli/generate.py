@@ -19,7 +19,8 @@ from .options import (
 )
 
 if TYPE_CHECKING:
-    from ..engine.llm import LLM, Generation
+    from ..engine.completion import Generation
+    from ..engine.llm import LLM
 
 DEFAULT_STEPS = 256
 

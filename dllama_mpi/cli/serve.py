@@ -72,6 +72,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tool-parser", choices=_STYLES, default="auto",
         help="how the model writes tool calls (default: auto, what its chat template teaches)",
     )  # fmt: skip
+    group.add_argument(
+        "--pooling", choices=("mean", "last"), default="mean",
+        help="of which final hidden states embeddings are made: of all tokens, or of the last (default: mean)",
+    )  # fmt: skip
     _add_access_options(parser)
     add_speculation_option(parser)
     add_model_options(parser)
@@ -213,6 +217,8 @@ def _served(args: argparse.Namespace, llm: LLM) -> Served:
         defaults=sampling(args, llm.folder, None),
         tool_style=style_of(source) if args.tool_parser == "auto" else args.tool_parser,
         thinks="</think>" in source,
+        pooling=args.pooling,
+        hidden_size=llm.config.hidden_size,
         grammars=_grammars(llm),
         ranks=lambda: _ranks(llm),
         details=_details(args, llm),

@@ -2,8 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
+
 from ..text.stream import TextStream
 from .request import Output, RequestStats, TokenLogprobs
+from .stats import Stats
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a call generated.
+
+    Attributes:
+        token_ids: generated tokens, a final stop token left out. text: their text, cut at a stop string.
+        finish_reason: "stop", "length" or "abort". stats: figures of the whole call. usage: of this request.
+        logprobs: of each token, and prompt_logprobs: of each of the prompt's but the first, if the parameters ask for
+            them.
+    """
+
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+    stats: Stats
+    usage: RequestStats
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class Completion:
@@ -14,6 +39,7 @@ class Completion:
         taken: their number, with a stop token.
         finish_reason: "stop" (a stop token or string), "length" or "abort", or None while it goes on.
         usage: once the engine is done with it. logprobs: of the tokens, if they were asked for.
+        prompt_logprobs, hidden: see `Output`.
     """
 
     def __init__(self, request_id: int, text: TextStream | None) -> None:
@@ -24,6 +50,8 @@ class Completion:
         self.pieces: list[str] = []
         self.finish_reason: str | None = None
         self.usage: RequestStats | None = None
+        self.prompt_logprobs: list[TokenLogprobs] | None = None
+        self.hidden: np.ndarray | None = None
         self._text = text
 
     @property
@@ -34,6 +62,10 @@ class Completion:
     def take(self, output: Output) -> str:
         """Take an output; return the text that it completes. At a stop string the rest of it is left out."""
         self.usage = output.usage or self.usage
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = list(output.prompt_logprobs)
+        if output.hidden is not None:
+            self.hidden = output.hidden
         if self.finish_reason is not None:
             return ""
         first = len(self.pieces)
@@ -51,3 +83,23 @@ class Completion:
         if self.finish_reason is not None and self._text is not None:
             self.pieces.append(self._text.finish())
         return "".join(self.pieces[first:])
+
+    def generation(self, stats: Stats) -> Generation:
+        """Return what came of it, once the engine is done with it."""
+        assert self.usage is not None
+        return Generation(
+            self.token_ids,
+            self.text,
+            self.finish_reason or "abort",
+            stats,
+            self.usage,
+            self.logprobs or None,
+            self.prompt_logprobs,
+        )
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    """Return a vector (n,) float32 with length 1; nothing but zeros stays so."""
+    length = float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
+    scaled: np.ndarray = (vector / (length or 1.0)).astype(np.float32)
+    return scaled

@@ -20,9 +20,9 @@ from .candidates import Candidates, merge, whole
 from .lookup import Lookup
 from .plan import Plan
 from .rank_report import reports
-from .request import Output, Request, SamplingParams, is_integer
+from .request import POOLINGS, Output, Request, SamplingParams, is_integer
 from .runner import Runner
-from .sampler import choose, logprobs_of, row_of
+from .sampler import POOLED_ROW, choose, logprobs_of, row_of, score_row
 from .scheduler import Limits, Scheduler
 from .sequence import Sequence
 from .stats import EngineStats, SequenceStats, Stats, StepStats
@@ -80,8 +80,10 @@ class Engine:
         p, seed = request.params, request.params.seed
         n, most = len(request.token_ids), self.context.max_seq_len
         limit = most if p.max_tokens is None else min(most, n + p.max_tokens)
+        if request.pooling not in (None, *POOLINGS):
+            raise RequestError(f"pooling is {request.pooling!r}; it must be one of {', '.join(POOLINGS)}")
         rng = np.random.default_rng(secrets.randbits(64) if seed is None else seed)
-        drafter = self._drafter if request.constraint is None else None
+        drafter = self._drafter if request.constraint is None and request.pooling is None else None
         lookup = drafter() if drafter is not None else None
         with self._changed:
             waiting, allowed = self._waiting(), self.context.max_queue
@@ -189,9 +191,8 @@ class Engine:
     def _carry_out(self, plan: Plan) -> None:
         traffic, begun = self.group.traffic, time.perf_counter()
         waited, sent, received = traffic.seconds, traffic.sent, traffic.received
-        size = self.context.vocab_size
-        rows = np.array([row_of(s.params, s.prompt_length, size) for s in plan.sequences], ROW)
         biases = [(i, *each) for i, s in enumerate(plan.sequences) for each in s.params.logit_bias.items()]
+        rows = self._rows(plan)
         answers = self._order(Step(plan.batch, rows, Want.CANDIDATES, np.array(biases, BIAS), *_masks(plan)))
         plan.commit()
         gathers, drafted = self._full_gathers, sum(draft >= 0 for draft in plan.drafts)
@@ -213,15 +214,34 @@ class Engine:
         if self._drafter is not None and not plan.is_prefill:
             self.scheduler.draft_cost.observe(drafted, step.seconds)
 
+    def _rows(self, plan: Plan) -> np.ndarray:
+        """Return what is wanted of each logit row."""
+        size, told = self.context.vocab_size, {s: s.told for s in plan.scored}
+        rows = [row_of(s.params, s.prompt_length, size) for s in plan.sequences]
+        for s in plan.scored:
+            told[s] += 1
+            rows.append(score_row(s.params.prompt_logprobs or 0, s.tokens[told[s]], size))
+        return np.array([*rows, *[POOLED_ROW] * len(plan.pooled)], ROW)
+
     def _take(self, plan: Plan, answers: list[np.ndarray]) -> tuple[int, int]:
+        """Take a step's answers; return how many tokens the sequences took, and how many drafts were right."""
+        candidates, chosen = merge(answers), len(plan.sequences)
+        for s, each in zip(plan.scored, candidates[chosen:], strict=True):
+            s.tell(logprobs_of(each, -1, s.params.prompt_logprobs or 0))
+        for s, hidden in zip(plan.pooled, self.runner.pooled if plan.pooled else (), strict=True):
+            s.pool(hidden)
+        for s, _ in plan.fed:
+            s.finish_reading()
+        return self._take_tokens(plan, candidates[:chosen])
+
+    def _take_tokens(self, plan: Plan, found: list[Candidates]) -> tuple[int, int]:
         """Choose each row's token; return how many the sequences took, and how many drafts were right.
 
         Drafts change no distribution: a token is drawn as without them, and the row after a draft counts only where
         the draft is what was drawn.
         """
         taken, accepted, counts, previous = 0, 0, True, -1
-        rows = zip(plan.sequences, plan.drafts, merge(answers), strict=True) if plan.sequences else ()
-        for i, (s, draft, candidates) in enumerate(rows):
+        for i, (s, draft, candidates) in enumerate(zip(plan.sequences, plan.drafts, found, strict=True)):
             if previous < 0 or counts:
                 token, used = self._choose(s, candidates, i)
                 s.append(token, None if s.params.logprobs is None else logprobs_of(used, token, s.params.logprobs))

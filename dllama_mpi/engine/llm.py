@@ -7,7 +7,7 @@ import os
 import pickle
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -36,10 +36,10 @@ from ..text.tokenizer import Tokenizer
 from ..weights.cache import WeightCache, folder_of
 from ..weights.slices import Manifest
 from ..weights.source import WeightSource
-from .completion import Completion
+from .completion import Completion, Generation, unit
 from .engine import Context, Engine
 from .lookup import MOST_DRAFTS, Lookup
-from .request import Request, RequestStats, SamplingParams, TokenLogprobs, are_several, is_integer, shown
+from .request import Request, SamplingParams, are_several, is_integer, shown
 from .runner import Runner
 from .scheduler import Limits
 from .stats import Stats
@@ -48,24 +48,6 @@ from .worker import serve
 
 Prompt = str | Sequence[int]
 _DRAFTED = 4  # sequences for whose drafts there is room in a step
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What a call generated.
-
-    Attributes:
-        token_ids: generated tokens, a final stop token left out. text: their text, cut at a stop string.
-        finish_reason: "stop", "length" or "abort". stats: figures of the whole call. usage: of this request.
-        logprobs: of each token, if the parameters ask for them.
-    """
-
-    token_ids: list[int]
-    text: str
-    finish_reason: str
-    stats: Stats
-    usage: RequestStats
-    logprobs: list[TokenLogprobs] | None = None
 
 
 class LLM:
@@ -309,7 +291,7 @@ class LLM:
             for _ in self._run(completions, stats):
                 pass
             self.engine.times(stats, measure_links)
-            results = [_generation(each, stats) for each in completions]
+            results = [each.generation(stats) for each in completions]
             return results if several else results[0]
 
     def stream(
@@ -375,6 +357,24 @@ class LLM:
         for request_id in self._active:
             self.engine.cancel(request_id)
 
+    def embed(self, prompts: Sequence[Prompt], pooling: str = "mean") -> np.ndarray | None:
+        """Return prompts' embeddings (n, hidden) float32 of length 1 on the root, None elsewhere.
+
+        pooling: of which of a prompt's final hidden states, the "mean" of all or the "last".
+
+        Raises:
+            RequestError: a prompt or a pooling that cannot be; the next call works.
+        """
+        with self._call() as leads:
+            if not leads:
+                return None
+            asked = [self.request(prompt, SamplingParams()) for prompt in prompts]
+            completions = self._add([(replace(request, pooling=pooling), None) for request, _ in asked], Stats())
+            for _ in self._run(completions, Stats()):
+                pass
+            found = [unit(each.hidden) for each in completions if each.hidden is not None]
+            return np.stack(found) if found else np.zeros((0, self.config.hidden_size), np.float32)
+
     def logits(self, token_ids: Sequence[int]) -> np.ndarray | None:
         """Return the logits (n, vocab) float32 after each of n tokens on the root, None elsewhere."""
         with self._call() as leads:
@@ -384,10 +384,3 @@ class LLM:
         """Return the natural log-probability (n - 1,) float64 of each of n tokens but the first on the root."""
         with self._call() as leads:
             return self.engine.scores(self.encode(token_ids)) if leads else None
-
-
-def _generation(completion: Completion, stats: Stats) -> Generation:
-    logprobs = completion.logprobs or None
-    assert completion.usage is not None
-    reason = completion.finish_reason or "abort"
-    return Generation(completion.token_ids, completion.text, reason, stats, completion.usage, logprobs)

@@ -16,6 +16,8 @@ class Plan:
         fed: how many tokens of which sequence the batch holds, drafts left out.
         drafts: for each logit row the token drafted to follow, which the next row's token is; -1 for none.
         prompt: prompt tokens in the batch. generating: sequences in it that are past their prompts.
+        scored, pooled: whose the next logit rows are: some that score the prompt's next token, then some of which the
+            hidden state is wanted.
     """
 
     batch: Batch
@@ -24,6 +26,8 @@ class Plan:
     drafts: tuple[int, ...] = ()
     prompt: int = 0
     generating: int = 0
+    scored: tuple[Sequence, ...] = ()
+    pooled: tuple[Sequence, ...] = ()
 
     @property
     def is_prefill(self) -> bool:
@@ -48,6 +52,8 @@ class Packing:
     granted: set[Sequence] = field(default_factory=set)
     prompt: int = 0
     generating: int = 0
+    scored: list[tuple[int, Sequence]] = field(default_factory=list)  # with their rows
+    pooled: list[tuple[int, Sequence]] = field(default_factory=list)
 
     def add(self, s: Sequence, count: int, drafts: list[int]) -> None:
         """Feed `count` tokens of a sequence, and drafts if those are all that is left."""
@@ -64,7 +70,10 @@ class Packing:
             self.prompt += count
         else:
             self.generating += 1
-        if count == s.left:
+        told = s.wanted_of(positions)
+        kind = self.pooled if s.request.pooling is not None else self.scored
+        kind += [(len(ids) - len(positions) + p - positions.start, s) for p in told]
+        if count == s.left and s.generates:
             self.rows += range(len(ids) - 1 - len(drafts), len(ids))
             self.wanted += [s] * (1 + len(drafts))
             self.drafts += [*drafts, -1]

@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import RequestError
 
 MOST_LOGPROBS = 100
+POOLINGS = ("mean", "last")
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class SamplingParams:
         logprobs: how many of the best tokens' log-probabilities are told with each token, besides its own; None: none.
             They are exact: of the whole vocabulary, after biases and penalties, before temperature and filters.
         logit_bias: what is added to the logits of tokens.
+        prompt_logprobs: like logprobs, of the prompt's tokens but the first, without biases and penalties. All of the
+            prompt is computed then.
     """
 
     temperature: float = 1.0
@@ -49,6 +52,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Check every value.
@@ -89,6 +93,7 @@ class SamplingParams:
             ("max_tokens", whole(lambda v: v >= 0, True), "0 or more"),
             ("seed", whole(lambda v: v >= 0, True), "0 or more"),
             ("logprobs", whole(lambda v: 0 <= v <= MOST_LOGPROBS, True), f"0 to {MOST_LOGPROBS}"),
+            ("prompt_logprobs", whole(lambda v: 0 <= v <= MOST_LOGPROBS, True), f"0 to {MOST_LOGPROBS}"),
             ("logit_bias", bias, "a mapping of token ids to numbers from -100 to 100"),
             ("stop", _are_texts, "strings that are not empty"),
             ("ignore_eos", lambda v: isinstance(v, bool), "True or False"),
@@ -141,6 +146,7 @@ class Request:
         constraint: what its tokens must keep to; of this request alone. It is not speculated then.
         token_ids: the prompt. stop_ids: tokens that end the text, unless `params.ignore_eos`.
         priority: those with a higher one go first.
+        pooling: "mean" or "last": no tokens are wanted, but the prompt's final hidden states, their mean or the last.
     """
 
     token_ids: tuple[int, ...]
@@ -148,11 +154,12 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     priority: int = 0
     constraint: Constraint | None = None
+    pooling: str | None = None
 
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Natural log-probabilities at one generated token: its own, and the best tokens', best first, as (id, value)."""
+    """Natural log-probabilities at one token: its own, and the best tokens', best first, as (id, value)."""
 
     logprob: float
     top: tuple[tuple[int, float], ...]
@@ -188,6 +195,8 @@ class Output:
         token_ids: new tokens. logprobs: one for each of them, if the request asked for any.
         finish_reason: "stop" (a stop token), "length" or "abort"; None while it goes on.
         stop_id: the stop token that ended it, which is not among the tokens. usage: with the last output.
+        prompt_logprobs: of each token of the prompt but the first, if they were asked for; once.
+        hidden: (hidden,) float32, what pooling gave, with the last output.
     """
 
     id: int
@@ -196,3 +205,5 @@ class Output:
     finish_reason: str | None = None
     stop_id: int | None = None
     usage: RequestStats | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    hidden: np.ndarray | None = None

@@ -22,13 +22,18 @@ _NO_PENALTY = {"repeat": 1, "presence": 0, "frequency": 0}
 
 
 class Runner:
-    """Carries out steps on one rank. Methods are collective."""
+    """Carries out steps on one rank. Methods are collective.
+
+    Attributes:
+        pooled: on the root, the final hidden states (n, hidden) float32 that the last step's last rows want.
+    """
 
     def __init__(self, model: Transformer, group: TensorParallelGroup) -> None:
         self.model, self.group = model, group
         shard, c = model.rank.shard, model.config
         self.first_id = shard.elements(vocab_axis(c))[0]
         self._logits = np.zeros((0, 0), np.float32)
+        self.pooled = np.zeros((0, 0), np.float32)
         self.watch = Stopwatch(share_of(c, shard))
 
     def step(self, step: Step) -> list[np.ndarray] | None:
@@ -45,15 +50,29 @@ class Runner:
 
     def _carry_out(self, step: Step) -> list[np.ndarray] | None:
         batch = step.batch
-        is_decode = step.want is Want.CANDIDATES and batch.tokens <= len(batch.logit_rows)
+        chosen, scored = step.ends
+        is_decode = step.want is Want.CANDIDATES and batch.tokens <= chosen
         self.group.watchdog.tell(Phase.DECODE if is_decode else Phase.PREFILL)
         hidden = self.model.forward(batch)
         if not len(hidden):
             return []
         if step.want is not Want.CANDIDATES:
             return self._in_pieces(hidden, step)
-        self._logits = self._prepared(hidden, step)
-        return self._gather(local_best(self._logits, step.rows, self.first_id))
+        if self.group.is_root:
+            self.pooled = self.model.normalised(hidden[scored:])
+        if not scored:
+            return []
+        return self._gather(self._candidates(hidden, step, chosen, scored))
+
+    def _candidates(self, hidden: np.ndarray, step: Step, chosen: int, scored: int) -> np.ndarray:
+        """Return this rank's part of the candidates of all rows that want some, see `local_best`."""
+        rows, k = step.rows, int(step.rows["k"].max())
+        self._logits = self._prepared(hidden[:chosen], step)
+        parts = [local_best(self._logits, rows[:chosen], self.first_id, k)]
+        for i in range(chosen, scored, HEAD_ROWS):
+            piece = slice(i, min(i + HEAD_ROWS, scored))
+            parts.append(local_best(self.model.logits(hidden[piece]), rows[piece], self.first_id, k))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _gather(self, x: np.ndarray) -> list[np.ndarray] | None:
         started = time.perf_counter()
@@ -66,10 +85,12 @@ class Runner:
         return self.group.gather(self._logits[row])
 
     def _prepared(self, hidden: np.ndarray, step: Step) -> np.ndarray:
+        if not len(hidden):
+            return np.zeros((0, 0), np.float32)
         parts = [self.model.logits(hidden[i : i + HEAD_ROWS]) for i in range(0, len(hidden), HEAD_ROWS)]
         logits = parts[0] if len(parts) == 1 else np.concatenate(parts)
         batch = step.batch
-        for row, at, own in zip(step.rows, batch.logit_rows, logits, strict=True):
+        for row, at, own in zip(step.rows, batch.logit_rows, logits, strict=False):
             if any(row[name] != none for name, none in _NO_PENALTY.items()):
                 # Every rank sees every token, so that penalties need no history sent.
                 penalise(own, row, self.model.history(batch, int(at)), self.first_id)

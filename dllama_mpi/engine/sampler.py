@@ -22,13 +22,23 @@ def row_of(params: SamplingParams, prompt_length: int, vocab_size: int) -> tuple
     """Return what every rank must know of these parameters to prepare a row of logits, as a `ROW`."""
     p = params
     penalties = p.repeat_penalty, p.presence_penalty, p.frequency_penalty
-    return wanted(p, vocab_size), prompt_length, 0, p.temperature, *penalties, p.logprobs is not None
+    return wanted(p, vocab_size), prompt_length, -1, p.temperature, *penalties, p.logprobs is not None
+
+
+def score_row(count: int, target: int, vocab_size: int) -> tuple[Any, ...]:
+    """Return a `ROW` for the log-probabilities of a token and of the `count` best."""
+    return min(max(count, 1), vocab_size), 0, target, 0.0, 1.0, 0.0, 0.0, True
+
+
+POOLED_ROW: tuple[Any, ...] = (0, 0, 0, 0.0, 1.0, 0.0, 0.0, False)
 
 
 def logprobs_of(candidates: Candidates, token: int, count: int) -> TokenLogprobs:
-    """Return the natural log-probabilities of a token among the candidates, and of the `count` best."""
+    """Return the natural log-probabilities of a token, the target or among the candidates, and of the `count` best."""
     values = candidates.logits - candidates.log_sum_plain
-    own = float(values[candidates.ids == token][0])
+    own = candidates.target_logit - candidates.log_sum_plain
+    if own == -np.inf:
+        own = float(values[candidates.ids == token][0])
     return TokenLogprobs(own, tuple(zip(candidates.ids[:count].tolist(), values[:count].tolist(), strict=True)))
 
 

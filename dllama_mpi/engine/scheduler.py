@@ -165,7 +165,7 @@ class Scheduler:
 
     def _find(self, s: Sequence) -> _Start:
         """Return what is there of a waiting sequence's tokens; the last must be fed, for its logits."""
-        if not self.limits.shares:
+        if not self.limits.shares or s.reads_all:
             return _Start([], -1, 0)
         size, most = self.pages.size, len(s.tokens) - 1
         pages: list[int] = []
@@ -252,9 +252,11 @@ class Scheduler:
     def _plan(self, packing: Packing) -> Plan:
         self._fed += packing.prompt
         tables = {s.slot: s.pages for s, _ in packing.fed}
-        batch = Batch.of(packing.columns, packing.rows, tables, *self._take_copies())
+        rows = [*packing.rows, *(row for row, _ in (*packing.scored, *packing.pooled))]
+        batch = Batch.of(packing.columns, rows, tables, *self._take_copies())
+        scored, pooled = (tuple(s for _, s in each) for each in (packing.scored, packing.pooled))
         fed, drafts = tuple(packing.fed), tuple(packing.drafts)
-        return Plan(batch, packing.wanted, fed, drafts, packing.prompt, packing.generating)
+        return Plan(batch, packing.wanted, fed, drafts, packing.prompt, packing.generating, scored, pooled)
 
     def _pack(self) -> Packing:
         packing = Packing()
@@ -279,7 +281,7 @@ class Scheduler:
         if self.limits.slots:
             if s.computed in s.saves:
                 self._save(s)
-        elif self.limits.shares:
+        elif self.limits.shares and not s.reads_all:
             self._adopt_pages(s)
             if any(self._is_ahead(other, s, packing) for other in self.running):
                 return 0

@@ -30,8 +30,8 @@ class Want(IntEnum):
 
 
 # One wanted row: how its logits are prepared, on every rank alike.
-# k: candidates wanted; temperature: of the log-sum-exp; prompt: the prompt's length; target: token to score; logprobs:
-# whether the log-sum-exp at temperature 1 is wanted, too.
+# k: candidates wanted, 0 where the hidden state is; temperature: of the log-sum-exp; prompt: the prompt's length;
+# target: token to score, or -1; logprobs: whether the log-sum-exp at temperature 1 is wanted, too.
 ROW = np.dtype(
     [("k", "<i4"), ("prompt", "<i4"), ("target", "<i4"), ("temperature", "<f8"), ("repeat", "<f4"), ("presence", "<f4"),
      ("frequency", "<f4"), ("logprobs", "<i4")]
@@ -58,6 +58,12 @@ class Step:
     def of(batch: Batch, want: Want) -> Step:
         """Return a step with plain rows."""
         return Step(batch, np.zeros(len(batch.logit_rows), ROW), want)
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """Where the rows end that choose a token, and where those that score one; the rest want hidden states."""
+        chosen = int(np.count_nonzero(self.rows["target"] < 0))
+        return chosen, int(np.count_nonzero(self.rows["k"]))
 
     def to_bytes(self) -> bytes:
         """Return the step as bytes."""

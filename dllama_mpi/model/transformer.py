@@ -119,6 +119,17 @@ class Transformer:
             scales = (1 + beta * np.log1p(batch.positions // original)).astype(np.float32)
         return Step(batch.slots, batch.positions, batch.tables(), scales, cos, sin, 0)
 
+    def normalised(self, hidden: np.ndarray) -> np.ndarray:
+        """Return final hidden states (rows, hidden) float32 behind the last norm, of what `forward` gives."""
+        c, size = self.config, len(self._hidden.values)
+        out = np.empty((len(hidden), c.hidden_size), np.float32)
+        for i in range(0, len(hidden), size):
+            part = np.ascontiguousarray(hidden[i : i + size])
+            rows = Residual(part, c.hidden_size, float(c.norm_eps))
+            add_and_normalise(rows, NOTHING, self._norm, self._hidden, 0, self.rank.threads)
+            out[i : i + size] = self._hidden.values[: len(part), : c.hidden_size]
+        return out
+
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """Return the rank's logits (rows, its part of the vocabulary) float32 of up to 64 hidden states."""
         c, n, threads = self.config, len(hidden), self.rank.threads

@@ -23,13 +23,14 @@ from .anthropic_schema import CountBody, MessagesBody
 from .chat import chat
 from .cluster import ClusterView, cluster
 from .completions import completions
+from .embeddings import embeddings
 from .errors import ApiError
 from .gate import Gate, GateOptions
 from .http import Call, Context, JSONAnswer, Route, endpoint
 from .messages import count_tokens, messages
 from .metrics import Metrics
 from .responses_schema import ResponsesBody
-from .schema import ChatBody, CompletionBody, DetokenizeBody, TemplateBody, TokenizeBody
+from .schema import ChatBody, CompletionBody, DetokenizeBody, EmbeddingsBody, TemplateBody, TokenizeBody
 from .served import State
 
 PAGE = Path(__file__).parent / "page"
@@ -54,6 +55,7 @@ async def openapi(call: Call) -> Response:
 ROUTES: tuple[Route, ...] = (
     Route("POST", "/v1/chat/completions", chat, "Answer a conversation", ChatBody),
     Route("POST", "/v1/completions", completions, "Continue texts", CompletionBody),
+    Route("POST", "/v1/embeddings", embeddings, "Turn texts into vectors", EmbeddingsBody),
     Route("POST", "/v1/messages", messages, "Answer a conversation as Anthropic's API does", MessagesBody),
     Route("POST", "/v1/messages/count_tokens", count_tokens, "Count the tokens of a conversation", CountBody),
     Route("POST", "/v1/responses", responses.create, "Make a response", ResponsesBody),

@@ -6,6 +6,8 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from math import isnan, nan
 from typing import Any
 
 from starlette.responses import Response
@@ -31,12 +33,12 @@ def prepare(served: Served, body: CompletionBody) -> tuple[list[Ask], list[str]]
         raise ApiError(400, "suffix is not supported: the model continues a text at its end", param="suffix")
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise ApiError(400, f"best_of is {body.best_of}; it must be n, which is {body.n or 1}", param="best_of")
-    if body.echo and body.logprobs is not None:
-        raise ApiError(400, "logprobs: those of an echoed prompt are not to be had; ask without echo", param="logprobs")
     limit = body.max_tokens
     if limit is None and served.defaults.max_tokens is None:
         limit = DEFAULT_TOKENS
     params, stops = served.params(body, limit, body.logprobs), served.stops(body)
+    if body.echo:
+        params = replace(params, prompt_logprobs=body.logprobs)
     asks, echoes = [], []
     for number, prompt in enumerate(body.prompts):
         ids = served.encode(prompt, "prompt" if len(body.prompts) == 1 else f"prompt.{number}")
@@ -52,7 +54,8 @@ async def completions(call: Call) -> Response:
     served, engine = call.context.state.ready()
     asks, echoes = await asyncio.to_thread(prepare, served, body)
     running = Running(served, engine, asks)
-    texts = [Text(served, echo) for echo in echoes for _ in range(body.n or 1)]
+    pairs = zip(asks, echoes, strict=True)
+    texts = [Text(served, ask, echo) for ask, echo in pairs for _ in range(body.n or 1)]
     head = Head("cmpl-" + secrets.token_hex(12), int(time.time()), body.model or served.names[0])
     if body.stream:
         return EventStream(_chunks(running, texts, head, body), running.close, call.request.url.path)
@@ -65,18 +68,25 @@ async def completions(call: Call) -> Response:
 class Text:
     """One choice of a completion."""
 
-    def __init__(self, served: Served, echo: str) -> None:
+    def __init__(self, served: Served, ask: Ask, echo: str) -> None:
         self._served, self.echo = served, echo
         self.pieces = [echo]
         self.tokens: list[Token] = []
         self.finish_reason: str | None = None
-        self._offset = len(echo)
+        self.awaits_prompt = ask.params.prompt_logprobs is not None  # whose log-probabilities go with the echo
+        self._first, self._offset = ask.token_ids[0], 0 if self.awaits_prompt else len(echo)
 
     def take(self, piece: Piece) -> None:
         """Remember a piece."""
         self.pieces.append(piece.text)
-        self.tokens += piece.tokens
+        self.tokens += self.told(piece)
         self.finish_reason = piece.finish_reason
+
+    def told(self, piece: Piece) -> list[Token]:
+        """Return a piece's tokens, those of an echoed prompt before them; nothing is known of its first."""
+        if piece.prompt is None:
+            return list(piece.tokens)
+        return [Token(self._first, nan, ()), *piece.prompt, *piece.tokens]
 
     def logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """Return the log-probabilities of the next tokens as text completions show them."""
@@ -87,9 +97,11 @@ class Text:
             self._offset += len(text)
         return {
             "tokens": shown,
-            "token_logprobs": [max(token.logprob, -9999.0) for token in tokens],
+            "token_logprobs": [None if isnan(token.logprob) else max(token.logprob, -9999.0) for token in tokens],
             "top_logprobs": [
-                {self._served.tokenizer.token_text(id): max(value, -9999.0) for id, value in token.top}
+                None
+                if isnan(token.logprob)
+                else {self._served.tokenizer.token_text(id): max(value, -9999.0) for id, value in token.top}
                 for token in tokens
             ],
             "text_offset": offsets,
@@ -121,12 +133,14 @@ async def _chunks(running: Running, texts: list[Text], head: Head, body: Complet
 
     last: list[dict[str, Any]] = []
     for index, text in enumerate(texts):
-        if text.echo:
+        if text.echo and not text.awaits_prompt:
             yield event(chunk(index, text.echo))
     async for piece in running:
-        logprobs = texts[piece.index].logprobs(piece.tokens) if running.wants_tokens and piece.tokens else None
-        if piece.text or logprobs:
-            yield event(chunk(piece.index, piece.text, None, logprobs))
+        text, told = texts[piece.index], texts[piece.index].told(piece)
+        logprobs = text.logprobs(told) if running.wants_tokens and told else None
+        shown = (text.echo if piece.prompt is not None else "") + piece.text
+        if shown or logprobs:
+            yield event(chunk(piece.index, shown, None, logprobs))
         if piece.finish_reason is not None:
             last.append(chunk(piece.index, "", piece.finish_reason))
             if len(last) < len(texts):

@@ -62,8 +62,10 @@ def unavailable(message: str, seconds: int = 1) -> ApiError:
 
 def invalid(error: ValidationError, fields: frozenset[str]) -> ApiError:
     """Return the error of a body that does not have the shape it should; `fields` are all names that bodies have."""
-    # Of a union each member has complained: what got deepest into the value was meant.
-    first = max(error.errors(include_url=False), key=lambda e: len(_path(e["loc"], fields)))
+    # Of a union each member has complained: what found the right type was meant, or else got deepest into the value.
+    first = max(
+        error.errors(include_url=False), key=lambda e: (not e["type"].endswith("_type"), len(_path(e["loc"], fields)))
+    )
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     path = _path(first["loc"], fields)

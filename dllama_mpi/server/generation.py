@@ -18,7 +18,7 @@ from .served import Served
 
 @dataclass(frozen=True)
 class Token:
-    """A token of an answer with its natural log-probability, and the best alternatives' ids and log-probabilities."""
+    """A token with its natural log-probability, NaN if it is not known, and the best alternatives' ids and theirs."""
 
     id: int
     logprob: float
@@ -32,7 +32,7 @@ class Piece:
     Attributes:
         index: of the choice. text: whole characters, nothing of a stop string. tokens: those that text is made of, when
             log-probabilities were asked for. finish_reason: "stop", "length", "abort", or None while it goes on.
-        stopped_by: the stop string that ended it.
+        stopped_by: the stop string that ended it. prompt: of the prompt's tokens but the first, if that was asked for.
     """
 
     index: int
@@ -40,6 +40,7 @@ class Piece:
     tokens: tuple[Token, ...] = ()
     finish_reason: str | None = None
     stopped_by: str | None = None
+    prompt: tuple[Token, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class Choice:
         self._tokenizer = tokenizer
         self._text = TextStream(tokenizer, () if ask.is_chat else ask.token_ids, ask.stops, ask.shown)
         self._wants_tokens = ask.params.logprobs is not None
+        self._prompt = ask.token_ids
         self._pending: list[tuple[int, Token]] = []  # tokens whose text is held, and the byte at which it begins
         self._seen = self._released = 0  # bytes
 
@@ -141,7 +143,11 @@ class Choice:
         text = "".join(pieces)
         self._released += len(text.encode("utf-8", "replace"))
         tokens = self._let_go(self._ends and not stopped)
-        return Piece(self.index, text, tokens, "stop" if stopped else reason, self._text.stopped_by)
+        prompt = None
+        if output.prompt_logprobs is not None:
+            scored = zip(self._prompt[1:], output.prompt_logprobs, strict=True)
+            prompt = tuple(Token(token_id, found.logprob, found.top) for token_id, found in scored)
+        return Piece(self.index, text, tokens, "stop" if stopped else reason, self._text.stopped_by, prompt)
 
     def _keep(self, token_id: int, output: Output, i: int) -> None:
         if output.logprobs is not None:

@@ -11,6 +11,7 @@ MOST_STOPS, LONGEST_STOP = 32, 1000
 MOST_TOP_LOGPROBS = 20
 MOST_BIASES = 1024
 MOST_PROMPTS = 64
+MOST_INPUTS = 2048
 
 StopString = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 TokenId = Annotated[int, Field(ge=0)]
@@ -181,6 +182,11 @@ class ChatBody(Completing):
     reasoning_effort: str | None = None
 
 
+def several(given: str | list[Any]) -> list[str | list[int]]:
+    """Return texts or lists of token ids as a list, even if it is one."""
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
+
+
 class CompletionBody(Completing):
     """The body of /v1/completions."""
 
@@ -198,11 +204,27 @@ class CompletionBody(Completing):
     @property
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one or several."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if isinstance(self.prompt[0], int):
-            return [self.prompt]
-        return list(self.prompt)
+        return several(self.prompt)
+
+
+class EmbeddingsBody(Body):
+    """The body of /v1/embeddings; pooling: None for the server's."""
+
+    model: str | None = None
+    input: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_INPUTS)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_INPUTS)]
+    )
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(default=None, ge=1)
+    pooling: Literal["mean", "last"] | None = None
+
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """The inputs, one or several."""
+        return several(self.input)
 
 
 class TokenizeBody(Body):

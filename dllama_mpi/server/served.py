@@ -26,7 +26,8 @@ class Served:
     Attributes:
         names: what clients may call it, the first being its own; "*" takes any. template: None for a model that does
             not chat. context: positions of a sequence. defaults: of what a request leaves open.
-        tool_style: one of `parsing.STYLES`. thinks: whether the template knows of reasoning. grammars: None where
+        tool_style: one of `parsing.STYLES`. thinks: whether the template knows of reasoning. pooling: of embeddings,
+            one of `engine.request.POOLINGS`, and their hidden_size. grammars: None where
             llguidance is not installed. ranks: returns what each rank did since it was last asked; called in the
             engine's thread. details: for /props.
     """
@@ -39,6 +40,8 @@ class Served:
     defaults: SamplingParams
     tool_style: str = "none"
     thinks: bool = False
+    pooling: str = "mean"
+    hidden_size: int = 0
     grammars: Grammars | None = None
     ranks: Callable[[], list[dict[str, Any]]] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)

@@ -41,6 +41,7 @@ def _model(call: Call, name: str) -> dict[str, Any]:
         "root": served.names[0],
         "max_model_len": served.context,
         "meta": {"n_vocab": served.vocab_size, "n_ctx": served.context, **served.details.get("model", {})},
+        "embeddings": {"pooling": served.pooling, "normalised": True, "dimensions": served.hidden_size},
     }
 
 

@@ -50,7 +50,7 @@ def row(k: int, temperature: float, **penalties: float) -> np.ndarray:
 def candidates(logits: Floats, cuts: tuple[int, ...], k: int, temperature: float) -> Candidates:
     """Return the merged candidates of ranks that hold the ids between `cuts`."""
     rows = row(k, temperature)
-    parts = [local_best(logits[None, a:b], rows, a) for a, b in pairwise(cuts)]
+    parts = [local_best(logits[None, a:b], rows, a, int(rows["k"].max())) for a, b in pairwise(cuts)]
     (merged,) = merge(parts)
     return merged
 
@@ -218,7 +218,8 @@ def test_merged_candidates(cuts: tuple[int, ...], k: int) -> None:
 def test_rows_that_want_different_numbers() -> None:
     logits = np.stack(samples(9)[:3])
     rows = np.concatenate([row(1, 0), row(7, 1.0), row(3, 0.5)])
-    merged = merge([local_best(logits[:, :90], rows, 0), local_best(logits[:, 90:], rows, 90)])
+    k = int(rows["k"].max())
+    merged = merge([local_best(logits[:, :90], rows, 0, k), local_best(logits[:, 90:], rows, 90, k)])
     for got, own, one in zip(merged, logits, rows, strict=True):
         assert got.ids[0] == own.argmax()
         if one["temperature"] > 0:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dllama_mpi.engine.completion import Completion
+from dllama_mpi.engine.completion import Completion, Generation
 from dllama_mpi.engine.engine import Engine
-from dllama_mpi.engine.llm import LLM, Generation
+from dllama_mpi.engine.llm import LLM
 from dllama_mpi.engine.lookup import MOST_DRAFTS, DraftCost, Lookup
 from dllama_mpi.engine.request import SamplingParams
 from dllama_mpi.engine.stats import Stats
