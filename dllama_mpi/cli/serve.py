@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         llm = load(args, group, args.max_batch, max_queue=args.max_queue, max_step_ms=args.max_step_ms, responsive=True)
         with group.together():
             served = _served(args, llm) if group.is_root else None
+        llm.warm_up()
         with _left_to_root(group), llm.session() as leads:
             if leads:
                 assert server is not None

@@ -113,16 +113,28 @@ class LLM:
             self._model.allocate(partial, Sizes(tokens, self.memory.slots, self.pages, self.kv_type))
         self._runner = Runner(self._model, self.group)
         slots = self.memory.slots if c.has_state else 0
-        limits = Limits(
+        self._limits = Limits(
             o.max_batch, self.pages, o.prefill_chunk, drafts, slots, c.can_reuse, o.step_limit, o.responsive
         )
-        context = Context(c.vocab_size, self.max_seq_len, o.max_queue)
-        self.engine = Engine(self._runner, self.group, context, limits, Lookup if self.speculates else None)
+        self.engine = self._new_engine()
         self._in_session = False
         self._active: list[int] = []  # the requests of the call that is being made
         self.group.watchdog.tell(Phase.IDLE)
 
     # ---- setting up
+
+    def _new_engine(self) -> Engine:
+        context = Context(self.config.vocab_size, self.max_seq_len, self.options.max_queue)
+        return Engine(self._runner, self.group, context, self._limits, Lookup if self.speculates else None)
+
+    def warm_up(self) -> None:
+        """Make two small steps, so that what is compiled at its first use is there when somebody waits for it."""
+        with self._call() as leads:
+            if leads:
+                self.engine.add(Request((0, 0), SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)))
+                while not self.engine.is_idle:
+                    self.engine.step()
+                self.engine = self._new_engine()
 
     def _share_out(self) -> None:
         """Replace equal shares by those that the ranks' measured speeds and free memory give."""

@@ -39,4 +39,5 @@ async def cluster(call: Call) -> Response:
     """Tell what ranks and the engine are doing."""
     served, engine = call.context.state.ready()
     ranks = await call.context.cluster.ranks(served, engine)
-    return JSONAnswer({"ranks": ranks, "engine": plain(engine.engine.snapshot())})
+    most = served.details.get("max_batch")
+    return JSONAnswer({"ranks": ranks, "engine": plain(engine.engine.snapshot()), "max_batch": most})

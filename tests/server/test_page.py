@@ -137,7 +137,7 @@ def test_settings_are_sent(page: Any) -> None:
     body = caught.value.post_data_json
     assert body["messages"][0] == {"role": "system", "content": "say <<from the system>>"}
     assert body["max_tokens"] == 2
-    playwright.expect(page.locator(".note")).to_have_text("cut at the limit of tokens")
+    playwright.expect(page.locator(".note")).to_contain_text("cut at the limit of tokens")
 
 
 @pytest.mark.slow
@@ -156,6 +156,7 @@ def test_errors_are_shown(page: Any) -> None:
 def test_cluster_and_theme(page: Any) -> None:
     page.get_by_role("button", name="Cluster").click()
     playwright.expect(page.locator("#engine")).to_contain_text("running")
+    playwright.expect(page.locator("#engine polyline")).to_have_count(1)
     before = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.get_by_role("button", name="Dark or light").click()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before

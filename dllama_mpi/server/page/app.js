@@ -49,7 +49,7 @@ function drawMessage(message, index) {
   const body = document.createElement("div");
   const tools = document.createElement("div");
   node.className = `message ${message.role}`;
-  head.textContent = message.role === "user" ? "You" : "Answer";
+  head.textContent = message.role === "user" ? "You" : $("model").textContent;
   body.className = "body";
   tools.className = "tools";
   drawBody(body, message);
@@ -71,6 +71,7 @@ function drawMessage(message, index) {
 function draw() {
   const log = $("log");
   log.replaceChildren(...current().messages.map(drawMessage));
+  $("welcome").hidden = current().messages.length > 0;
   log.scrollTop = log.scrollHeight;
   drawList();
 }
@@ -187,9 +188,18 @@ function take(chunk, message, meter) {
   if (choice?.delta.content) meter.count();
   message.content += choice?.delta.content ?? "";
   message.reasoning += choice?.delta.reasoning_content ?? "";
-  if (choice?.finish_reason === "length") message.note = "cut at the limit of tokens";
+  if (choice?.finish_reason) message.note = summary(choice.finish_reason, chunk.timings);
   const speed = chunk.timings?.predicted_per_second || meter.speed();
   if (speed) $("speed").textContent = `${speed.toFixed(1)} tokens/s`;
+}
+
+function summary(reason, timings) {
+  const parts = reason === "length" ? ["cut at the limit of tokens"] : [];
+  if (timings?.predicted_n) parts.push(`${timings.predicted_n} tokens`);
+  if (timings?.predicted_per_second) parts.push(`${timings.predicted_per_second.toFixed(1)} tokens/s`);
+  if (timings?.prompt_ms) parts.push(`first after ${(timings.prompt_ms / 1000).toFixed(1)} s`);
+  if (timings?.cache_n) parts.push(`${timings.cache_n} of the prompt remembered`);
+  return parts.join(" · ");
 }
 
 class Meter {
