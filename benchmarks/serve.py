@@ -35,6 +35,7 @@ class Result:
     tokens: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    text: str = ""
     error: str = ""
 
 
@@ -56,10 +57,10 @@ class Load:
         words = [common.choice(WORDS) for _ in range(self.shared)]
         return " ".join(words + [own.choice(WORDS) for _ in range(self.words)])
 
-    def body(self, number: int) -> bytes:
+    def body(self, prompt: str) -> bytes:
         """Return the body of a request."""
         body: dict[str, Any] = {
-            "prompt": self.prompt(number),
+            "prompt": prompt,
             "max_tokens": self.tokens,
             "temperature": 0,
             "ignore_eos": True,
@@ -70,21 +71,25 @@ class Load:
 
     def ask(self, number: int) -> Result:
         """Send a request and read its answer."""
+        return self.ask_prompt(self.prompt(number))
+
+    def ask_prompt(self, prompt: str) -> Result:
+        """Send a request with a prompt and read its answer."""
         result = Result(time.perf_counter())
         try:
-            self._read(number, result)
+            self._read(prompt, result)
         except (OSError, ValueError, http.client.HTTPException) as error:
             result.error = repr(error)
         result.ended = time.perf_counter()
         return result
 
-    def _read(self, number: int, result: Result) -> None:
+    def _read(self, prompt: str, result: Result) -> None:
         parts = urlsplit(self.url)
         make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
         connection = make(parts.hostname or "127.0.0.1", parts.port, timeout=600)
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         try:
-            connection.request("POST", f"{parts.path.rstrip('/')}/v1/completions", self.body(number), headers)
+            connection.request("POST", f"{parts.path.rstrip('/')}/v1/completions", self.body(prompt), headers)
             answer = connection.getresponse()
             if answer.status != 200:
                 raise ValueError(f"{answer.status} {answer.read(300)!r}")
@@ -99,8 +104,10 @@ def take(chunk: dict[str, Any], result: Result) -> None:
     """Note a chunk of a stream."""
     if "error" in chunk:
         raise ValueError(str(chunk["error"]))
-    if any(choice.get("text") for choice in chunk["choices"]):
+    text = "".join(choice.get("text") or "" for choice in chunk["choices"])
+    if text:
         result.pieces.append(time.perf_counter())
+        result.text += text
     if usage := chunk.get("usage"):
         result.tokens, result.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
         result.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
