@@ -39,10 +39,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests in order. With workers, a file's tests stay together, and those with MPI all do: they share jobs."""
+    """Put tests in order. With workers, a file's tests stay together, and those that share MPI jobs all do."""
     items.sort(key=place)
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("mpi" if is_with_mpi(item) else item.path.stem))
+        shares = is_with_mpi(item) and item.path.parent.name != "server"
+        item.add_marker(pytest.mark.xdist_group("mpi" if shares else item.path.stem))
 
 
 def pytest_unconfigure() -> None:
