@@ -215,7 +215,8 @@ class State:
     """Where the server stands, for its routes; the HTTP loop's thread alone reads and writes it.
 
     Attributes:
-        phase: "loading", "ready" or "draining". served, engine: once it has been ready.
+        phase: "loading", "ready", "draining", or "restarting" where the job has ended badly and is to be started again.
+        served, engine: once it has been ready.
     """
 
     phase: str = "loading"
@@ -230,6 +231,8 @@ class State:
         """
         if self.phase == "draining":
             raise unavailable("the server is shutting down")
+        if self.phase == "restarting":
+            raise unavailable("the job has ended badly and is being started again", 5)
         if self.served is None or self.engine is None:
             raise unavailable("the model is being loaded", 2)
         return self.served, self.engine
