@@ -29,6 +29,7 @@ from .run import HttpServer, ServeOptions, bind
 STEADY_SECONDS = 600.0  # a job that has been ready for so long starts the count of restarts anew
 LONGEST_PAUSE = 30.0  # seconds before a restart; the first is after 1, each later one after twice as long
 GRACE_SECONDS = 30.0  # for a launcher to end, once its ranks have or should have
+_LAST_WORDS_SECONDS = 1.0
 _MISTAKE = 2  # the exit status of a user's mistake
 
 
@@ -56,8 +57,9 @@ class Job:
         except OSError as error:
             self._listener.close()
             raise UsageError(f"--launch: {command[0]} cannot be started: {error.strerror}") from None
-        for work in (self._follow, self._wait):
-            threading.Thread(target=work, daemon=True).start()
+        self._follower = threading.Thread(target=self._follow, daemon=True)
+        self._follower.start()
+        threading.Thread(target=self._wait, daemon=True).start()
 
     def _follow(self) -> None:
         self._line, _ = self._listener.accept()
@@ -70,6 +72,7 @@ class Job:
         status = self._process.wait()
         with socket.socket(socket.AF_UNIX) as own, contextlib.suppress(OSError):
             own.connect(self._path)  # in case that the root never has: `_follow` waits for it
+        self._follower.join(_LAST_WORDS_SECONDS)  # what it said comes before its end
         self._put((self, "ended", 128 - status if status < 0 else status))
 
     def tell(self, word: bytes) -> None:
