@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..server.served import Served
 
 KEY_VARIABLE = "DLLAMA_MPI_API_KEY"
-_STYLES = ("auto", "hermes", "llama3", "mistral", "none")
+TOOL_PARSERS = ("auto", "hermes", "llama3", "mistral", "qwen3_coder", "harmony", "none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="llama2, llama3, deepseek3, chatml, mistral, zephyr, or a .jinja file (default: the model's)",
     )  # fmt: skip
     group.add_argument(
-        "--tool-parser", choices=_STYLES, default="auto",
+        "--tool-parser", choices=TOOL_PARSERS, default="auto",
         help="how the model writes tool calls (default: auto, what its chat template teaches)",
     )  # fmt: skip
     _add_access_options(parser)
