@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] not in (*COMMANDS, "-h", "--help", "--version"):
         given.insert(0, "generate")
     args = parser().parse_args(given)
+    args.given = given
     try:
         return int(args.run(args) or 0)
     except DllamaError as error:

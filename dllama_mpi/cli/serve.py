@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import socket
-from collections.abc import Iterator
+import sys
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, UsageError
 from ..log import say
+from ..parallel.launch import launched
 from .options import add_model_options, add_sampling_options, add_speculation_option, load, number, read_text, sampling
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
     from ..parallel.group import TensorParallelGroup
     from ..server.grammar import Grammars
-    from ..server.run import HttpServer
+    from ..server.link import Link
+    from ..server.run import HttpServer, ServeOptions
     from ..server.served import Served
 
 KEY_VARIABLE = "DLLAMA_MPI_API_KEY"
-_STYLES = ("auto", "hermes", "llama3", "mistral", "none")
+TOOL_PARSERS = ("auto", "hermes", "llama3", "mistral", "qwen3_coder", "harmony", "none")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="llama2, llama3, deepseek3, chatml, mistral, zephyr, or a .jinja file (default: the model's)",
     )  # fmt: skip
     group.add_argument(
-        "--tool-parser", choices=_STYLES, default="auto",
+        "--tool-parser", choices=TOOL_PARSERS, default="auto",
         help="how the model writes tool calls (default: auto, what its chat template teaches)",
     )  # fmt: skip
     group.add_argument(
@@ -77,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of which final hidden states embeddings are made: of all tokens, or of the last (default: mean)",
     )  # fmt: skip
     _add_access_options(parser)
+    _add_restart_options(parser)
     add_speculation_option(parser)
     add_model_options(parser)
     add_sampling_options(parser)
@@ -112,16 +117,69 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
+def _add_restart_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("restarts")
+    group.add_argument(
+        "--restart", type=number(int, 1), metavar="N",
+        help="start the job again when it ends badly, at most N times until it has served for ten minutes; "
+        "meanwhile clients get 503 (default: not)",
+    )  # fmt: skip
+    group.add_argument(
+        "--launch", metavar="COMMAND",
+        help='what starts the ranks, with --restart: "mpiexec -f hosts -n 4" (default: one process without MPI)',
+    )  # fmt: skip
+    group.add_argument("--supervised", metavar="PATH", help=argparse.SUPPRESS)
+
+
 def run(args: argparse.Namespace) -> int:
     """Serve until told to end; every rank takes part."""
+    if args.restart is not None:
+        return _supervise(args)
+    if args.launch is not None:
+        raise UsageError(f"--launch {args.launch!r} needs --restart N")
+    return _serve(args)
+
+
+def _supervise(args: argparse.Namespace) -> int:
+    """Start the job as often as need be; return its status."""
+    found = launched()
+    if found is not None and found != ("srun", 1, 0):  # as in a batch script of Slurm
+        raise UsageError(
+            f"--restart {args.restart} under {found[0]}: it has to start the ranks itself; say, under nothing, "
+            f'python -m dllama_mpi serve --restart {args.restart} --launch "mpiexec -n {found[1]}", then the rest'
+        )
+    with _extra():
+        from ..server.supervisor import Supervisor
+    try:
+        launch = shlex.split(args.launch or "")
+    except ValueError as error:
+        raise UsageError(f"--launch {args.launch!r} cannot be read: {error}") from None
+    own = without_options(args.given, ("--restart", "--launch"))
+    return Supervisor([*launch, sys.executable, "-m", "dllama_mpi", *own], _options(args), args.restart).run()
+
+
+def without_options(given: Sequence[str], names: Collection[str]) -> list[str]:
+    """Return arguments without some options and their values."""
+    kept, is_value = [], False
+    for each in given:
+        if is_value or each in names:
+            is_value = not is_value
+        elif each.partition("=")[0] not in names:
+            kept.append(each)
+    return kept
+
+
+def _serve(args: argparse.Namespace) -> int:
     from ..parallel.group import connect
 
     group = connect()
     server: HttpServer | None = None
+    link: Link | None = None
     with group.together():
         if group.is_root:
             server = _listen(args)
             server.start()
+            link = _linked(args, server)
     try:
         llm = load(args, group, args.max_batch, max_queue=args.max_queue, max_step_ms=args.max_step_ms, responsive=True)
         with group.together():
@@ -132,6 +190,8 @@ def run(args: argparse.Namespace) -> int:
                 assert server is not None
                 assert served is not None
                 say(f"serving {served.names[0]} on {server.url} ({group.size} rank{'s' * (group.size > 1)})")
+                if link is not None:
+                    link.tell_ready()
                 server.serve(llm.engine, served)
     finally:
         if server is not None:
@@ -148,17 +208,38 @@ def _left_to_root(group: TensorParallelGroup) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def _extra() -> Iterator[None]:
+    """Say in a line that the extra is not installed."""
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(f"serve needs {error.name}; pip install 'dllama-mpi[serve]'") from None
+
+
 def _listen(args: argparse.Namespace) -> HttpServer:
-    """Return the server, listening.
+    """Return the server.
 
     Raises:
         UsageError: an option cannot be used, or the extra is not installed.
     """
-    try:
+    with _extra():
+        from ..server.run import HttpServer
+    return HttpServer(_options(args))
+
+
+def _linked(args: argparse.Namespace, server: HttpServer) -> Link | None:
+    """Tell the supervisor, if there is one, that the server listens."""
+    from ..server.link import Link
+
+    return None if args.supervised is None else Link(args.supervised, server.drain, server.end_now)
+
+
+def _options(args: argparse.Namespace) -> ServeOptions:
+    """Return how the server listens, and who may come in."""
+    with _extra():
         from ..server.gate import GateOptions, known_hosts
-        from ..server.run import HttpServer, ServeOptions
-    except ImportError as error:
-        raise UsageError(f"serve needs {error.name}; pip install 'dllama-mpi[serve]'") from None
+        from ..server.run import ServeOptions
     names = [*args.allow_host, *([args.host] if args.host else [])]
     gate = GateOptions(
         keys=_keys(args),
@@ -166,17 +247,16 @@ def _listen(args: argparse.Namespace) -> HttpServer:
         origins=tuple(args.cors_origin),
         body_bytes=int(1e6 * args.max_body),
     )
-    return HttpServer(
-        ServeOptions(
-            host=args.host,
-            port=args.port,
-            gate=gate,
-            certfile=args.ssl_certfile,
-            keyfile=args.ssl_keyfile,
-            header_timeout=args.header_timeout,
-            idle_timeout=args.idle_timeout,
-            drain_timeout=args.drain_timeout,
-        )
+    return ServeOptions(
+        host=args.host,
+        port=args.port,
+        gate=gate,
+        certfile=args.ssl_certfile,
+        keyfile=args.ssl_keyfile,
+        header_timeout=args.header_timeout,
+        idle_timeout=args.idle_timeout,
+        drain_timeout=args.drain_timeout,
+        is_shared=args.supervised is not None,
     )
 
 

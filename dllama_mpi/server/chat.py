@@ -12,20 +12,21 @@ from typing import Any
 from starlette.responses import Response
 
 from .errors import ApiError
-from .generation import Ask, Running, Token, special_ids
-from .grammar import MakeConstraint
+from .events import CallArguments, CallStart, Content, Event, Reasoning
+from .generation import Ask, Piece, Running, Token, special_ids
 from .http import Call, EventStream, JSONAnswer, event, unless_gone
-from .parsing import AnswerParser, CallStart, Content, Event, Reasoning, Style
+from .parsing import Style, parser_of
 from .schema import ChatBody, NamedTool, Tool
-from .served import Served
+from .served import Form, Served
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A chat as the engine takes it, and how its answers are to be read."""
+    """A chat as the engine takes it, how its answers are to be read, and whether one may hold several calls."""
 
     ask: Ask
     style: Style
+    is_parallel: bool = True
 
 
 def prepare(served: Served, body: ChatBody) -> Prepared:
@@ -51,20 +52,28 @@ def prepare(served: Served, body: ChatBody) -> Prepared:
     elif body.top_logprobs:
         raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
     params = served.params(body, limit, top)
-    constraint = _constraint(served, body, tools)
-    style = served.style(prompt, tools, constraint is not None)
-    shown = special_ids(served.tokenizer, style.marks)
-    ask = Ask(tuple(ids), params, served.stops(body), body.n or 1, body.priority or 0, shown, True, constraint)
-    return Prepared(ask, style)
+    constraint, style = served.behind_thought(_form(served, body, tools), served.style(prompt, tools))
+    ask = Ask(
+        tuple(ids),
+        params,
+        served.stops(body),
+        body.n or 1,
+        body.priority or 0,
+        special_ids(served.tokenizer, style.marks),
+        True,
+        constraint,
+        style,
+    )
+    return Prepared(ask, style, body.parallel_tool_calls is not False)
 
 
-def _constraint(served: Served, body: ChatBody, tools: list[Tool] | None) -> MakeConstraint | None:
+def _form(served: Served, body: ChatBody, tools: list[Tool] | None) -> Form | None:
     """Return what the answer must keep to: a forced call, a grammar, a form, or nothing."""
     choice = body.tool_choice
     if choice == "required" or isinstance(choice, NamedTool):
         return served.forced(tools, choice.function.name if isinstance(choice, NamedTool) else None)
     if body.grammar:
-        return served.needed_grammars("grammar").of_grammar(body.grammar)
+        return Form(served.needed_grammars("grammar").of_grammar(body.grammar))
     return served.formed(body.response_format, "response_format")
 
 
@@ -79,7 +88,7 @@ async def chat(call: Call) -> Response:
     served, engine = call.context.state.ready()
     prepared = await asyncio.to_thread(prepare, served, body)
     running = Running(served, engine, [prepared.ask])
-    answers = [Answer(served, prepared.style, i) for i in range(prepared.ask.n)]
+    answers = [Answer(served, prepared.style, i, prepared.is_parallel) for i in range(prepared.ask.n)]
     head = Head("chatcmpl-" + secrets.token_hex(12), int(time.time()), body.model or served.names[0])
     if body.stream:
         return EventStream(_chunks(running, answers, head, body), running.close, call.request.url.path)
@@ -104,11 +113,15 @@ class Head:
 
 @dataclass
 class Answer:
-    """One choice of a chat: what its text comes to."""
+    """One choice of a chat: what its text comes to.
+
+    is_parallel: whether it may hold several calls; else it ends with the first.
+    """
 
     served: Served
     style: Style
     index: int
+    is_parallel: bool = True
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
     calls: list[dict[str, Any]] = field(default_factory=list)
@@ -116,11 +129,18 @@ class Answer:
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
-        self.parser = AnswerParser(self.style)
+        self.parser = parser_of(self.style)
 
-    def events(self, text: str, is_last: bool) -> list[Event]:
-        """Return what a piece of text comes to, and remember it."""
-        events = self.parser.feed(text) + (self.parser.finish() if is_last else [])
+    def take(self, piece: Piece, running: Running) -> list[Event]:
+        """Return what a piece comes to, and remember it; with the last one there is a `finish_reason`."""
+        events = self.parser.feed(piece.text)
+        self.finish_reason = piece.finish_reason
+        if self.parser.complete_calls and not self.is_parallel:
+            if piece.finish_reason is None:
+                running.end(piece.index)
+            self.finish_reason, events = "stop", self._up_to_first_call(events)
+        elif piece.finish_reason is not None:
+            events += self.parser.finish()
         for each in events:
             if isinstance(each, Content):
                 self.content.append(each.text)
@@ -132,11 +152,15 @@ class Answer:
                 self.calls[each.index]["function"]["arguments"] += each.text
         return events
 
-    def reason(self, finish_reason: str | None) -> str | None:
-        """Return OpenAI's word for how it ended."""
-        if finish_reason == "stop" and self.calls:
-            return "tool_calls"
-        return finish_reason
+    @staticmethod
+    def _up_to_first_call(events: list[Event]) -> list[Event]:
+        first = [i for i, each in enumerate(events) if isinstance(each, CallArguments) and each.index == 0]
+        return events[: first[-1] + 1] if first else []
+
+    @property
+    def reason(self) -> str | None:
+        """OpenAI's word for how it ended."""
+        return "tool_calls" if self.finish_reason == "stop" and self.calls else self.finish_reason
 
     def message(self) -> dict[str, Any]:
         """Return the whole message."""
@@ -180,15 +204,14 @@ def logprob_objects(served: Served, tokens: Sequence[Token]) -> list[dict[str, A
 async def _whole(running: Running, answers: list[Answer], head: Head) -> dict[str, Any]:
     async for piece in running:
         answer = answers[piece.index]
-        answer.events(piece.text, piece.finish_reason is not None)
+        answer.take(piece, running)
         answer.logprobs += logprob_objects(running.served, piece.tokens)
-        answer.finish_reason = answer.reason(piece.finish_reason)
     choices = [
         {
             "index": answer.index,
             "message": answer.message(),
             "logprobs": {"content": answer.logprobs, "refusal": None} if running.wants_tokens else None,
-            "finish_reason": answer.finish_reason,
+            "finish_reason": answer.reason,
         }
         for answer in answers
     ]
@@ -208,16 +231,16 @@ async def _chunks(running: Running, answers: list[Answer], head: Head, body: Cha
     for answer in answers:
         yield event(chunk(answer.index, {"role": "assistant", "content": ""}))
     async for piece in running:
-        answer, reason = answers[piece.index], piece.finish_reason
+        answer = answers[piece.index]
         tokens = logprob_objects(running.served, piece.tokens)
-        events = answer.events(piece.text, reason is not None)
+        events = answer.take(piece, running)
         if tokens and not events:
             yield event(chunk(piece.index, {}, tokens=tokens))
         for each in events:
             yield event(chunk(piece.index, delta(each), tokens=tokens))
             tokens = []
-        if reason is not None:
-            last.append(chunk(piece.index, {}, answer.reason(reason)))
+        if answer.reason is not None:
+            last.append(chunk(piece.index, {}, answer.reason))
             if len(last) < len(answers):
                 yield event(last[-1])
     if last:

@@ -13,6 +13,7 @@ from ..text.tokenizer import Tokenizer
 from .errors import ApiError, unavailable
 from .grammar import MakeConstraint
 from .outbox import EngineLoop
+from .parsing import Style, ThoughtCounter
 from .served import Served
 
 
@@ -49,7 +50,8 @@ class Ask:
 
     Attributes:
         shown: special tokens that are part of the text. is_chat: the prompt is a rendered template, so that the answer
-            is a text of its own. constraint: makes what each choice must keep to.
+            is a text of its own. constraint: makes what each choice must keep to. style: how answers are read, for
+            counting the tokens of reasoning.
     """
 
     token_ids: tuple[int, ...]
@@ -60,6 +62,7 @@ class Ask:
     shown: frozenset[int] = frozenset()
     is_chat: bool = False
     constraint: MakeConstraint | None = None
+    style: Style | None = None
 
 
 @dataclass
@@ -69,6 +72,7 @@ class Usage:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     stats: list[RequestStats] = field(default_factory=list)
 
     def add(self, output: Output) -> None:
@@ -85,6 +89,7 @@ class Usage:
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": min(self.cached_tokens, self.prompt_tokens)},
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
         }
 
     def timings(self) -> dict[str, Any] | None:
@@ -121,8 +126,19 @@ class Choice:
         self._text = TextStream(tokenizer, () if ask.is_chat else ask.token_ids, ask.stops, ask.shown)
         self._wants_tokens = ask.params.logprobs is not None
         self._prompt = ask.token_ids
+        self._shown = ask.shown
+        self._thought = ThoughtCounter(ask.style) if ask.style is not None else None
         self._pending: list[tuple[int, Token]] = []  # tokens whose text is held, and the byte at which it begins
         self._seen = self._released = 0  # bytes
+
+    @property
+    def reasoning_tokens(self) -> int:
+        """How many of its tokens were reasoning."""
+        return self._thought.count if self._thought is not None else 0
+
+    def end(self) -> None:
+        """Take nothing more."""
+        self._ends = True
 
     def take(self, output: Output) -> Piece | None:
         """Take an output; return what it adds, or None after the end."""
@@ -132,6 +148,10 @@ class Choice:
         for i, token_id in enumerate(output.token_ids):
             if self._wants_tokens:
                 self._keep(token_id, output, i)
+            if self._thought is not None:
+                is_shown = token_id in self._shown
+                of = self._tokenizer.token_bytes if is_shown else self._tokenizer.visible_bytes
+                self._thought.take(of(token_id))
             pieces.append(self._text.push(token_id))
             if self._text.stopped:
                 break
@@ -193,8 +213,11 @@ class Running:
 
     async def __aiter__(self) -> AsyncIterator[Piece]:
         async for index, output in self._outbox:
-            piece = self._choices[index].take(output)
-            if piece is None:  # what comes after a stop string
+            choice = self._choices[index]
+            before = choice.reasoning_tokens
+            piece = choice.take(output)
+            self.usage.reasoning_tokens += choice.reasoning_tokens - before
+            if piece is None:  # what comes after its end
                 self.usage.add(replace(output, token_ids=()))
                 continue
             self.usage.add(output)
@@ -203,6 +226,11 @@ class Running:
             if piece.finish_reason == "stop" and output.finish_reason is None:
                 self._outbox.stop(index)
             yield piece
+
+    def end(self, index: int) -> None:
+        """End a choice here, whatever its request goes on to say."""
+        self._choices[index].end()
+        self._outbox.stop(index)
 
     def close(self) -> None:
         """Cancel what has not finished."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,11 +11,11 @@ import numpy as np
 
 from ..engine.request import Constraint
 from ..text.tokenizer import Tokenizer
+from .call_grammar import JSON, call_grammar
 from .errors import ApiError
 from .schema import ResponseFormat, Tool
 
-# Between the parts of JSON: enough to write it in lines, too little for a model to get lost in.
-_JSON: Any = {"whitespace_pattern": r" ?|\n {0,16}"}
+_TAIL = 200  # characters in which the end of reasoning is looked for
 LARGEST = 200_000  # characters of a schema or grammar
 MakeConstraint = Callable[[], Constraint]
 
@@ -36,14 +37,21 @@ class Grammars:
         self._limits = LLParserLimits(max_grammar_size=100_000, step_lexer_fuel=2_000_000, step_max_items=100_000)
         self._words = (vocab_size + 31) // 32
 
-    def of_format(self, wanted: ResponseFormat | None, field: str) -> MakeConstraint | None:
-        """Return what makes constraints for a response format; None where any text will do.
+    def behind(self, make: MakeConstraint, end: re.Pattern[str], first: int | None = None) -> MakeConstraint:
+        """Return what makes constraints that begin behind reasoning, see `_Behind`."""
+        tokenizer, words = self._tokenizer, self._words
+        free = np.zeros(32 * words, np.uint8)
+        free[: tokenizer.vocab_size] = 1
+        free[self._stops] = 0
+        mask = np.packbits(free, bitorder="little").view("<u4").astype(np.uint32)
+        return lambda: _Behind(make(), mask, lambda token: tokenizer.token_text(token), end, first)
+
+    def of_format(self, wanted: ResponseFormat, field: str) -> MakeConstraint:
+        """Return what makes constraints for a response format that is not "text".
 
         Raises:
             ApiError: the schema cannot be used.
         """
-        if wanted is None or wanted.type == "text":
-            return None
         schema: Any = {"type": "object"}
         if wanted.type == "json_schema":
             schema = wanted.wanted
@@ -57,7 +65,7 @@ class Grammars:
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"{field}: the schema cannot be used: {error}", param=field) from None
         _check_size(text, field)
-        return self._checked(self._matcher.grammar_from_json_schema(text, overrides=_JSON), field)
+        return self._checked(self._matcher.grammar_from_json_schema(text, overrides=JSON), field)
 
     def of_grammar(self, text: str, field: str = "grammar") -> MakeConstraint:
         """Return what makes constraints for a grammar, llama.cpp's GBNF or Lark.
@@ -82,20 +90,12 @@ class Grammars:
         """
         if style == "none":
             raise ApiError(400, "tool_choice: the model's chat template knows of no tools", param="tool_choice")
-        arguments = "parameters" if style == "llama3" else "arguments"
-        calls = {"x-guidance": _JSON, "anyOf": [_call(tool, arguments) for tool in tools]}
         try:
-            text = json.dumps(calls)
+            grammar = call_grammar(tools, style, self._mark)
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"{field}: {error}", param=field) from None
-        _check_size(text, field)
-        before, after = {"hermes": ("<tool_call>", "</tool_call>"), "mistral": ("[TOOL_CALLS]", "")}.get(
-            style, ("", "")
-        )
-        bodies = {"hermes": '"\\n" call "\\n"', "mistral": '"[" call "]"'}
-        body = bodies.get(style, "call")
-        lark = f"start: {self._mark(before)} {body} {self._mark(after)}\ncall: %json {text}"
-        return self._checked(self._matcher.grammar_from_lark(lark), field)
+        _check_size(grammar, field)
+        return self._checked(self._matcher.grammar_from_lark(grammar), field)
 
     def _mark(self, text: str) -> str:
         """Return a mark as Lark has it: a special token by its id."""
@@ -142,10 +142,47 @@ class _Matching:
             self._matcher.consume_token(token)
 
 
-def _call(tool: Tool, arguments: str) -> dict[str, Any]:
-    function = tool.function
-    properties = {"name": {"const": function.name}, arguments: function.parameters or {"type": "object"}}
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+class _Behind:
+    """A constraint that begins where reasoning ends; the answer cannot end before.
+
+    Args:
+        free: the mask of what may come in reasoning. end: what its text ends with.
+        first: the token that begins it, where it is the model's choice; None: it has begun.
+    """
+
+    def __init__(
+        self,
+        inner: Constraint,
+        free: np.ndarray,
+        text_of: Callable[[int], str],
+        end: re.Pattern[str],
+        first: int | None = None,
+    ) -> None:
+        self._inner, self._free, self._text_of, self._end, self._first = inner, free, text_of, end, first
+        self._is_behind, self._tail = False, ""
+
+    def mask(self) -> np.ndarray:
+        """Return which tokens may come next."""
+        if not self._is_behind and self._first is None:
+            return self._free
+        mask = self._inner.mask()
+        if not self._is_behind and self._first is not None:
+            mask = mask.copy()
+            mask[self._first // 32] |= np.uint32(1 << self._first % 32)
+        return mask
+
+    def accept(self, token: int) -> None:
+        """Take the token that came."""
+        if self._is_behind:
+            self._inner.accept(token)
+        elif self._first is None:
+            self._tail = (self._tail + self._text_of(token))[-_TAIL:]
+            self._is_behind = self._end.search(self._tail) is not None
+        elif token == self._first:
+            self._first = None
+        else:
+            self._is_behind = True
+            self._inner.accept(token)
 
 
 def _check_size(text: str, field: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-from .parsing import CallArguments, CallStart, Content, Event, Reasoning
+from .events import CallArguments, CallStart, Content, Event, Reasoning
 
 _TEXTS = {
     "message": ("output_text", "response.output_text"),

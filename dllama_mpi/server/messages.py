@@ -12,9 +12,9 @@ from starlette.responses import Response
 
 from .anthropic_schema import Block, CountBody, MessagesBody, OfferedTool
 from .chat import Answer, Prepared
+from .events import CallStart, Content, Event, Reasoning
 from .generation import Ask, Piece, Running, Usage, special_ids
 from .http import Call, EventStream, JSONAnswer, event, unless_gone
-from .parsing import CallStart, Content, Event, Reasoning
 from .schema import CalledFunction, FunctionTool, Message, Sampling, Tool, ToolCall
 from .served import Served
 
@@ -80,14 +80,15 @@ def prepare(served: Served, body: MessagesBody) -> Prepared:
     prompt = served.render(messages, tools, **_variables(body))
     ids = served.encode(prompt, "messages", is_rendered=True)
     sampling = Sampling(temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, stop=body.stop_sequences)
-    choice, constraint = body.tool_choice, None
+    choice, form = body.tool_choice, None
     if choice is not None and choice.type in ("any", "tool"):
-        constraint = served.forced(tools, choice.name if choice.type == "tool" else None)
-    style = served.style(prompt, tools, constraint is not None)
+        form = served.forced(tools, choice.name if choice.type == "tool" else None)
+    constraint, style = served.behind_thought(form, served.style(prompt, tools))
     shown = special_ids(served.tokenizer, style.marks)
     params = served.params(sampling, body.max_tokens, None)
     stops = served.stops(sampling)
-    return Prepared(Ask(tuple(ids), params, stops, shown=shown, is_chat=True, constraint=constraint), style)
+    ask = Ask(tuple(ids), params, stops, shown=shown, is_chat=True, constraint=constraint, style=style)
+    return Prepared(ask, style, choice is None or not choice.disable_parallel_tool_use)
 
 
 async def messages(call: Call) -> Response:
@@ -96,7 +97,7 @@ async def messages(call: Call) -> Response:
     served, engine = call.context.state.ready()
     prepared = await asyncio.to_thread(prepare, served, body)
     running = Running(served, engine, [prepared.ask])
-    answer = Answer(served, prepared.style, 0)
+    answer = Answer(served, prepared.style, 0, prepared.is_parallel)
     head = {"id": "msg_" + secrets.token_hex(12), "type": "message", "role": "assistant"}
     head["model"] = body.model or served.names[0]
     if body.stream:
@@ -133,20 +134,20 @@ def _usage(usage: Usage) -> dict[str, int]:
 
 def _end(answer: Answer, piece: Piece) -> dict[str, Any]:
     """Return how an answer ended."""
-    if piece.finish_reason == "stop" and answer.calls:
+    if answer.reason == "tool_calls":
         reason = "tool_use"
     elif piece.stopped_by is not None:
         reason = "stop_sequence"
     else:
-        reason = _REASONS.get(piece.finish_reason or "", "end_turn")
+        reason = _REASONS.get(answer.finish_reason or "", "end_turn")
     return {"stop_reason": reason, "stop_sequence": piece.stopped_by}
 
 
 async def _whole(running: Running, answer: Answer, head: dict[str, Any]) -> dict[str, Any]:
     end: dict[str, Any] = {}
     async for piece in running:
-        answer.events(piece.text, piece.finish_reason is not None)
-        if piece.finish_reason is not None:
+        answer.take(piece, running)
+        if answer.finish_reason is not None:
             end = _end(answer, piece)
     content: list[dict[str, Any]] = []
     if answer.reasoning:
@@ -210,10 +211,10 @@ async def _stream(running: Running, answer: Answer, head: dict[str, Any]) -> Asy
     yield event({"type": "message_start", "message": start}, "message_start")
     blocks, end = _Blocks(), {}
     async for piece in running:
-        for each in answer.events(piece.text, piece.finish_reason is not None):
+        for each in answer.take(piece, running):
             for text in blocks.tell(each):
                 yield text
-        if piece.finish_reason is not None:
+        if answer.finish_reason is not None:
             end = _end(answer, piece)
     if blocks.index < 0:
         for text in blocks.tell(Content("")):

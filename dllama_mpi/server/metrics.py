@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from ..engine.request import Output
 
 _FIRST_TOKEN = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _GAP = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+
+
+@dataclass(frozen=True)
+class RankSeconds:
+    """The seconds that a rank spent computing and waiting for others, within steps."""
+
+    rank: int
+    host: str
+    compute: float
+    wait: float
 
 
 class Metrics:
@@ -59,9 +69,9 @@ class Metrics:
         """Count an HTTP response."""
         self._answers.labels(str(status)).inc()
 
-    def text(self, snapshot: Any) -> bytes:
-        """Return all figures in Prometheus' text format, with those of the engine if it is there."""
-        return generate_latest(self.registry) + generate_latest(_Once(gauges(snapshot)))
+    def text(self, snapshot: Any, ranks: Sequence[RankSeconds] = ()) -> bytes:
+        """Return all figures in Prometheus' text format, with those of the engine and the ranks if they are there."""
+        return generate_latest(self.registry) + generate_latest(_Once([*gauges(snapshot), *rank_counters(ranks)]))
 
 
 class _Once(CollectorRegistry):
@@ -96,3 +106,15 @@ def gauges(snapshot: Any) -> Iterator[Metric]:
     for name, value in plain(snapshot).items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             yield GaugeMetricFamily(f"dllama_engine_{name}", f"The engine's {name.replace('_', ' ')}", value=value)
+
+
+def rank_counters(ranks: Sequence[RankSeconds]) -> Iterator[Metric]:
+    """Yield what ranks did as counters."""
+    for name, said in (("compute", "computed"), ("wait", "waited for other ranks")):
+        family = CounterMetricFamily(
+            f"dllama_rank_{name}_seconds", f"How long a rank {said}, in steps", labels=["rank", "host"]
+        )
+        for each in ranks:
+            family.add_metric([str(each.rank), each.host], getattr(each, name))
+        if ranks:
+            yield family

@@ -125,6 +125,9 @@ class Outbox:
 class EngineLoop:
     """Runs an engine in its own thread, which alone calls MPI, and hands outputs to a loop's outboxes.
 
+    Attributes:
+        steps: how many steps there were.
+
     Methods but `run` and `end` belong to the loop's thread. `observe` sees every output, with the seconds since the
     request's last one (None for its first, and for those of a reader that has gone).
     """
@@ -134,6 +137,7 @@ class EngineLoop:
     ) -> None:
         self.engine, self._observe = engine, observe
         self._loop = loop
+        self.steps = 0
         self._open: dict[int, Task] = {}
         self._between: deque[Callable[[], None]] = deque()
         self._ended = threading.Event()
@@ -211,6 +215,7 @@ class EngineLoop:
                     engine.wait(_IDLE_SECONDS)
                 while self._between:
                     self._between.popleft()()
+                self.steps += not engine.is_idle
                 outputs = engine.step()
                 if outputs:
                     self._call(self._deliver, outputs)

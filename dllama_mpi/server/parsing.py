@@ -1,38 +1,52 @@
 """What an answer is made of, parsed while it streams: reasoning, content, tool calls.
 
 Tool calls come in the styles of Hermes and Qwen (`<tool_call>{...}</tool_call>`), Llama 3 (the answer is
-`{"name": ..., "parameters": ...}`, perhaps after `<|python_tag|>`) and Mistral (`[TOOL_CALLS]` and a list, or a name
-and `[ARGS]`).
+`{"name": ..., "parameters": ...}`, perhaps after `<|python_tag|>`), Mistral (`[TOOL_CALLS]` and a list, or a name
+and `[ARGS]`), Qwen3-Coder (see `xml_calls`) and gpt-oss (see `harmony`).
 """
 
 from __future__ import annotations
 
+import codecs
 import re
-import secrets
-import string
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from .events import CallArguments, CallStart, Content, Event, Parser, Phase, Reasoning, call_id, split
+from .harmony import MARKS as HARMONY_MARKS
+from .harmony import HarmonyParser
 from .json_scan import CallReader
+from .xml_calls import OPENER, XmlReader
 
-STYLES = ("hermes", "llama3", "mistral", "none")
+STYLES = ("hermes", "llama3", "mistral", "qwen3_coder", "harmony", "none")
 THINK, THOUGHT = "<think>", "</think>"
-_OPENERS = {"hermes": "<tool_call>", "mistral": "[TOOL_CALLS]", "llama3": "<|python_tag|>"}
+_OPENERS = {
+    "hermes": ("<tool_call>",),
+    "mistral": ("[TOOL_CALLS]",),
+    "llama3": ("<|python_tag|>",),
+    "qwen3_coder": ("<tool_call>", OPENER),
+}
 _MARKS = {
     "hermes": ("<tool_call>", "</tool_call>"),
     "mistral": ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
     "llama3": ("<|python_tag|>",),
+    "qwen3_coder": ("<tool_call>", "</tool_call>"),
+    "harmony": HARMONY_MARKS,
 }
-_CLOSERS = {"hermes": "</tool_call>", "mistral": "]"}
+_CLOSERS = {"hermes": "</tool_call>", "mistral": "]", "qwen3_coder": "</tool_call>"}
 _UNMARKED = ("llama3", "hermes")  # an answer that is such an object is a call; small Qwen models forget the marks
 _LONGEST_NAME = 300  # characters before a call's arguments
 _SEPARATORS = {"hermes": "", "llama3": ";,", "mistral": ","}
 _NAMED_ARGUMENTS = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*\w+\s*)?(?:\[ARGS\])?\s*(?=\{)")
-_ALPHANUMERIC = string.ascii_letters + string.digits
 
 
 def style_of(template: str) -> str:
     """Return the style of tool calls that a chat template teaches."""
+    if "<|channel|>" in template and "<|message|>" in template:
+        return "harmony"
+    if OPENER in template and "<parameter=" in template:
+        return "qwen3_coder"
     if "<tool_call>" in template:
         return "hermes"
     if "[TOOL_CALLS]" in template:
@@ -43,45 +57,12 @@ def style_of(template: str) -> str:
 
 
 @dataclass(frozen=True)
-class Reasoning:
-    """More of the reasoning."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Content:
-    """More of the answer's text."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class CallStart:
-    """A tool call begins."""
-
-    index: int
-    id: str
-    name: str
-
-
-@dataclass(frozen=True)
-class CallArguments:
-    """More of a tool call's arguments, which are JSON."""
-
-    index: int
-    text: str
-
-
-Event = Reasoning | Content | CallStart | CallArguments
-
-
-@dataclass(frozen=True)
 class Style:
     """How answers of a request are to be read.
 
     Attributes:
-        tools: one of `STYLES`; "none" where the request has no tools. names: the tools' names.
+        tools: one of `STYLES`; "none" where the request has no tools, but for "harmony". names: the tools' names.
+        schemas: of their parameters, by their names.
         thinks: whether an answer may begin with reasoning. is_thinking: the prompt has opened it already.
     """
 
@@ -89,6 +70,7 @@ class Style:
     names: frozenset[str] = frozenset()
     thinks: bool = False
     is_thinking: bool = False
+    schemas: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def marks(self) -> Collection[str]:
@@ -96,17 +78,29 @@ class Style:
         return (*_MARKS.get(self.tools, ()), *((THINK, THOUGHT) if self.thinks else ()))
 
 
+def parser_of(style: Style) -> Parser:
+    """Return what reads an answer."""
+    return HarmonyParser(style.names) if style.tools == "harmony" else AnswerParser(style)
+
+
 class AnswerParser:
-    """Turns one answer's text, piece by piece, into events."""
+    """See `events.Parser`."""
 
     def __init__(self, style: Style) -> None:
         self._style = style
         self._thinks, self._tools = style.thinks, style.tools
         self._buffer = ""
         self._step = self._think if style.is_thinking else self._start
-        self._reader: CallReader | None = None
+        self._reader: CallReader | XmlReader | None = None
         self._is_marked = True  # whether what is read as a call was announced as one
-        self.calls = 0
+        self.calls = self.complete_calls = 0
+
+    @property
+    def phase(self) -> Phase:
+        """What the next text is part of."""
+        if self._step == self._think:
+            return "reasoning"
+        return "undecided" if self._thinks and self._step == self._start else "answer"
 
     def feed(self, text: str) -> list[Event]:
         """Take more text; return what is certain."""
@@ -143,7 +137,7 @@ class AnswerParser:
     def _think(self, events: list[Event]) -> bool:
         before, found, after = self._buffer.partition(THOUGHT)
         if not found:
-            before, after = _split(self._buffer, THOUGHT)
+            before, after = split(self._buffer, THOUGHT)
         if before:
             events.append(Reasoning(before))
         self._buffer = after
@@ -159,20 +153,22 @@ class AnswerParser:
         return bool(self._buffer)
 
     def _text(self, events: list[Event]) -> bool:
-        opener = _OPENERS.get(self._tools)
-        if opener is None:
+        openers = _OPENERS.get(self._tools)
+        if openers is None:
             before, found, self._buffer = self._buffer, "", ""
         else:
-            before, found, after = self._buffer.partition(opener)
+            _, found = min(((at, each) for each in openers if (at := self._buffer.find(each)) >= 0), default=(0, ""))
+            before, _, after = self._buffer.partition(found) if found else (self._buffer, "", "")
             if not found:
-                before, after = _split(before, opener)
+                before, after = split(before, *openers)
             shown = before.rstrip()  # the space is kept: perhaps a call follows
             self._buffer = after if found else before[len(shown) :] + after
             before = shown
         if before:
             events.append(Content(before))
         if found:
-            self._is_marked, self._step = True, self._call
+            self._is_marked, self._step = found != OPENER, self._call
+            self._buffer = self._buffer if self._is_marked else OPENER + self._buffer
         return bool(found)
 
     def _call(self, events: list[Event]) -> bool:
@@ -192,6 +188,7 @@ class AnswerParser:
         if progress.arguments:
             events.append(CallArguments(self.calls - 1, progress.arguments))
         if progress.rest is not None:
+            self.complete_calls = self.calls
             self._buffer, self._reader, self._step = progress.rest, None, self._between
         return progress.rest is not None
 
@@ -202,7 +199,13 @@ class AnswerParser:
             text = text.removeprefix("[").lstrip()
         if not text:
             return False
-        if text.startswith("{"):
+        if self._tools == "qwen3_coder":
+            if OPENER.startswith(text) and text != OPENER:
+                return False
+            if text.startswith(OPENER):
+                self._buffer, self._reader = text, XmlReader(self._style.schemas)
+                return True
+        elif text.startswith("{"):
             self._buffer, self._reader = text, CallReader()
             return True
         if self._tools == "mistral":
@@ -227,20 +230,36 @@ class AnswerParser:
         if closer is not None and text.startswith(closer):
             self._buffer = text[len(closer) :]
             return True
-        opens = text.startswith("{") and (self._tools != "hermes" or not self._is_marked)
+        unmarked = self._tools in ("llama3", "mistral") or (self._tools == "hermes" and not self._is_marked)
+        opens = unmarked and text.startswith("{")
         self._step = self._call if opens else self._text
         return True
 
 
-def _split(text: str, mark: str) -> tuple[str, str]:
-    """Return a text in two, the second part what may be the beginning of a mark."""
-    longest = min(len(text), len(mark) - 1)
-    size = next((size for size in range(longest, 0, -1) if text.endswith(mark[:size])), 0)
-    return text[: len(text) - size], text[len(text) - size :]
+class ThoughtCounter:
+    """Counts the tokens of an answer that are reasoning, the marks around it among them."""
 
+    def __init__(self, style: Style) -> None:
+        tools = "harmony" if style.tools == "harmony" else "none"  # in all others reasoning comes first, or never
+        self._parser: Parser | None = parser_of(replace(style, tools=tools))
+        self._ends_with_it = tools == "none"
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._undecided = 0
+        self.count = 0
 
-def call_id(style: str) -> str:
-    """Return a new id of a tool call; Mistral's templates want nine letters and digits."""
-    if style == "mistral":
-        return "".join(secrets.choice(_ALPHANUMERIC) for _ in range(9))
-    return f"call_{secrets.token_hex(12)}"
+    def take(self, token: bytes) -> None:
+        """Take the bytes of the next token."""
+        if self._parser is None:
+            return
+        before = self._parser.phase
+        self._parser.feed(self._utf8.decode(token))
+        after = self._parser.phase
+        if after == "undecided" and before != "reasoning":
+            self._undecided += 1
+        elif "reasoning" in (before, after):
+            self.count += self._undecided + 1
+            self._undecided = 0
+        else:
+            self._undecided = 0
+        if after == "answer" and self._ends_with_it:
+            self._parser = None

@@ -15,13 +15,12 @@ from starlette.responses import Response
 from .chat import Answer, offered
 from .errors import ApiError
 from .generation import Ask, Running, special_ids
-from .grammar import MakeConstraint
 from .http import Call, EventStream, JSONAnswer, event, unless_gone
 from .items import Items
 from .parsing import Style
 from .responses_schema import Item, NamedChoice, ResponsesBody
 from .schema import CalledFunction, Message, Sampling, ToolCall
-from .served import Served
+from .served import Form, Served
 
 MOST_BYTES = 64_000_000  # of responses that are remembered; the oldest go first
 
@@ -122,14 +121,14 @@ def prepare(served: Served, body: ResponsesBody, before: list[Message]) -> Prepa
     sampling = Sampling(temperature=body.temperature, top_p=body.top_p)
     params = served.params(sampling, body.max_output_tokens, None)
     choice = body.tool_choice
-    constraint: MakeConstraint | None
+    form: Form | None
     if choice == "required" or isinstance(choice, NamedChoice):
-        constraint = served.forced(tools, choice.name if isinstance(choice, NamedChoice) else None)
+        form = served.forced(tools, choice.name if isinstance(choice, NamedChoice) else None)
     else:
-        constraint = served.formed(body.text.format if body.text is not None else None, "text.format")
-    style = served.style(prompt, tools, constraint is not None)
+        form = served.formed(body.text.format if body.text is not None else None, "text.format")
+    constraint, style = served.behind_thought(form, served.style(prompt, tools))
     shown, stops = special_ids(served.tokenizer, style.marks), served.stops(sampling)
-    ask = Ask(tuple(ids), params, stops, shown=shown, is_chat=True, constraint=constraint)
+    ask = Ask(tuple(ids), params, stops, shown=shown, is_chat=True, constraint=constraint, style=style)
     return Prepared(messages, ask, style)
 
 
@@ -172,10 +171,10 @@ class Making:
 
     def __init__(self, served: Served, body: ResponsesBody, prepared: Prepared, store: Store) -> None:
         self._body, self._prepared, self._store = body, prepared, store
-        self._answer, self._items = Answer(served, prepared.style, 0), Items()
+        self._is_parallel = body.parallel_tool_calls is not False
+        self._answer, self._items = Answer(served, prepared.style, 0, self._is_parallel), Items()
         self._id, self._created = "resp_" + secrets.token_hex(16), int(time.time())
         self._model, self._temperature = body.model or served.names[0], prepared.ask.params.temperature
-        self._finish_reason: str | None = None
         wanted = body.text.format if body.text is not None else None
         shown = {"type": "text"} if wanted is None else wanted.model_dump(by_alias=True, exclude_none=True)
         self._text_format = {"format": shown}
@@ -189,7 +188,7 @@ class Making:
                 "input_tokens": u["prompt_tokens"],
                 "input_tokens_details": u["prompt_tokens_details"],
                 "output_tokens": u["completion_tokens"],
-                "output_tokens_details": {"reasoning_tokens": 0},
+                "output_tokens_details": u["completion_tokens_details"],
                 "total_tokens": u["total_tokens"],
             }
         return {
@@ -203,7 +202,7 @@ class Making:
             "max_output_tokens": body.max_output_tokens,
             "model": self._model,
             "output": list(self._items.output) if running is not None else [],
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": self._is_parallel,
             "previous_response_id": body.previous_response_id,
             "store": body.store is not False,
             "temperature": self._temperature,
@@ -218,17 +217,14 @@ class Making:
 
     async def _events(self, running: Running) -> AsyncIterator[tuple[str, dict[str, Any]]]:
         async for piece in running:
-            is_last = piece.finish_reason is not None
-            for each in self._answer.events(piece.text, is_last):
+            for each in self._answer.take(piece, running):
                 for told in self._items.take(each):
                     yield told
-            if is_last:
-                self._finish_reason = piece.finish_reason
-        for told in self._items.close("incomplete" if self._finish_reason == "length" else "completed"):
+        for told in self._items.close("incomplete" if self._answer.finish_reason == "length" else "completed"):
             yield told
 
     def _finished(self, running: Running) -> dict[str, Any]:
-        response = self._object("incomplete" if self._finish_reason == "length" else "completed", running)
+        response = self._object("incomplete" if self._answer.finish_reason == "length" else "completed", running)
         if self._body.store is not False:
             message = self._answer.message()
             calls = [

@@ -77,6 +77,7 @@ class ResponsesBody(Body):
     max_output_tokens: int | None = Field(default=None, ge=1)
     tools: list[ResponseTool] | None = Field(default=None, max_length=256)
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
+    parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     metadata: dict[str, Any] | None = None

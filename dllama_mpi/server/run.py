@@ -36,6 +36,7 @@ class ServeOptions:
     Attributes:
         header_timeout: seconds for a request's head. idle_timeout: seconds that a connection may stay without one.
         drain_timeout: seconds that requests have to finish when the server ends.
+        is_shared: others of this user may listen at the same address (SO_REUSEPORT), see `supervisor`.
     """
 
     host: str = "127.0.0.1"
@@ -46,21 +47,22 @@ class ServeOptions:
     header_timeout: float = 15.0
     idle_timeout: float = 75.0
     drain_timeout: float = 30.0
+    is_shared: bool = False
 
 
 class HttpServer:
-    """Listens from its making on; answers that the model is being loaded until `serve` is called.
+    """Listens from its making on, a shared one from `start` on; answers 503 and the phase until `serve` is called.
 
     Raises:
         UsageError: the address or the certificate cannot be used.
     """
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, options: ServeOptions, phase: str = "loading") -> None:
         _check_certificate(options)
         self.options = options
-        self._socket = _listen(options.host, options.port)
+        self._socket = bind(options.host, options.port, options.is_shared)
         self.port: int = self._socket.getsockname()[1]
-        self._state = State()
+        self._state = State(phase)
         self._metrics = Metrics()
         self._engine: EngineLoop | None = None
         self._server = uvicorn.Server(self._config())
@@ -86,6 +88,7 @@ class HttpServer:
             access_log=False,
             server_header=False,
             limit_concurrency=_MOST_CONNECTIONS,
+            backlog=_MOST_CONNECTIONS,
             timeout_keep_alive=int(o.idle_timeout),
             timeout_graceful_shutdown=int(o.drain_timeout),
             ssl_certfile=o.certfile,
@@ -172,15 +175,23 @@ class HttpServer:
         self._socket.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int, is_shared: bool = False) -> socket.socket:
+    """Return a socket at an address; it listens already, unless the address is shared.
+
+    Raises:
+        UsageError: the address cannot be used.
+    """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
             0
         ]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if is_shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
-        listener.listen(_MOST_CONNECTIONS)
+        if not is_shared:
+            listener.listen(_MOST_CONNECTIONS)
     except OSError as error:
         said = error.strerror or str(error)
         raise UsageError(f"cannot listen on {host} port {port}: {said}; choose another by --host and --port") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,9 +15,20 @@ from ..text.chat_template import ChatTemplate
 from ..text.tokenizer import Tokenizer
 from .errors import ApiError, unavailable
 from .grammar import Grammars, MakeConstraint
+from .harmony import FINAL
 from .outbox import EngineLoop
-from .parsing import THINK, Style
+from .parsing import THINK, THOUGHT, Style
 from .schema import Message, ResponseFormat, Sampling, Tool
+
+_THOUGHT = re.compile(re.escape(THOUGHT))
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an answer, or what follows its reasoning, must keep to; is_call: it is a call of a tool."""
+
+    make: MakeConstraint
+    is_call: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,18 +86,33 @@ class Served:
         except RequestError as error:
             raise ApiError(400, str(error), param="messages") from None
 
-    def style(self, prompt: str, tools: Sequence[Tool] | None, is_formed: bool = False) -> Style:
-        """Return how answers to a rendered prompt are to be read; is_formed: they keep to a grammar from the start."""
-        names = frozenset(tool.function.name for tool in tools or ())
-        end = prompt.rstrip().endswith(THINK)
-        return Style(
-            self.tool_style if tools else "none",
-            names,
-            self.thinks and not is_formed,
-            self.thinks and end and not is_formed,
-        )
+    def style(self, prompt: str, tools: Sequence[Tool] | None) -> Style:
+        """Return how answers to a rendered prompt are to be read."""
+        schemas = {tool.function.name: tool.function.parameters for tool in tools or ()}
+        end = prompt.rstrip()
+        thinks = self.thinks and not end.endswith(THOUGHT)
+        style = self.tool_style if tools or self.tool_style == "harmony" else "none"
+        return Style(style, frozenset(schemas), thinks, thinks and end.endswith(THINK), schemas)
 
-    def forced(self, tools: Sequence[Tool] | None, name: str | None) -> MakeConstraint:
+    def behind_thought(self, form: Form | None, style: Style) -> tuple[MakeConstraint | None, Style]:
+        """Have a form begin where reasoning ends; return what makes it, and how the answer is to be read.
+
+        An answer whose prompt has opened its reasoning ends that first; one that may reason does so if it begins with
+        the token for it. Where there is no such token, forms hold from the start, and nothing is reasoning.
+        """
+        if form is None:
+            return None, style
+        grammars = self.needed_grammars("grammar")
+        if style.tools == "harmony":
+            return form.make if form.is_call else grammars.behind(form.make, FINAL), style
+        if style.is_thinking:
+            return grammars.behind(form.make, _THOUGHT), style
+        first = self.tokenizer.added_tokens.get(THINK)
+        if style.thinks and first is not None:
+            return grammars.behind(form.make, _THOUGHT, first), style
+        return form.make, replace(style, thinks=False)
+
+    def forced(self, tools: Sequence[Tool] | None, name: str | None) -> Form:
         """Return what makes an answer a call of a tool, of this name or of any.
 
         Raises:
@@ -95,7 +122,7 @@ class Served:
         if not chosen:
             said = "there are no tools" if name is None else f"{name[:100]!r} is not among the tools"
             raise ApiError(400, f"tool_choice: {said}", param="tool_choice")
-        return self.needed_grammars("tool_choice").of_tools(chosen, self.tool_style)
+        return Form(self.needed_grammars("tool_choice").of_tools(chosen, self.tool_style), is_call=True)
 
     def needed_grammars(self, field: str) -> Grammars:
         """Return what makes constraints.
@@ -107,7 +134,7 @@ class Served:
             raise ApiError(400, f"{field} needs llguidance, which the server has not installed", param=field)
         return self.grammars
 
-    def formed(self, wanted: ResponseFormat | None, field: str) -> MakeConstraint | None:
+    def formed(self, wanted: ResponseFormat | None, field: str) -> Form | None:
         """Return what gives an answer its form, or None for any.
 
         Raises:
@@ -115,7 +142,7 @@ class Served:
         """
         if wanted is None or wanted.type == "text":
             return None
-        return self.needed_grammars(field).of_format(wanted, field)
+        return Form(self.needed_grammars(field).of_format(wanted, field))
 
     def encode(self, prompt: str | Sequence[int], field: str, is_rendered: bool = False) -> list[int]:
         """Return a prompt's token ids, fit for the model.
@@ -197,6 +224,8 @@ def _plain(message: Message) -> dict[str, Any]:
     for name in ("name", "tool_call_id", "reasoning_content"):
         if (value := getattr(message, name)) is not None:
             plain[name] = value
+    if message.reasoning_content is not None and not (message.tool_calls and message.text):
+        plain["thinking"] = message.reasoning_content  # gpt-oss's word; beside calls it takes this or content
     if message.tool_calls:
         plain["tool_calls"] = [
             {"id": c.id, "type": "function", "function": {"name": c.function.name, "arguments": _arguments(c.function)}}
@@ -218,7 +247,8 @@ class State:
     """Where the server stands, for its routes; the HTTP loop's thread alone reads and writes it.
 
     Attributes:
-        phase: "loading", "ready" or "draining". served, engine: once it has been ready.
+        phase: "loading", "ready", "draining", or "restarting" where the job has ended badly and is to be started again.
+        served, engine: once it has been ready.
     """
 
     phase: str = "loading"
@@ -233,6 +263,8 @@ class State:
         """
         if self.phase == "draining":
             raise unavailable("the server is shutting down")
+        if self.phase == "restarting":
+            raise unavailable("the job has ended badly and is being started again", 5)
         if self.served is None or self.engine is None:
             raise unavailable("the model is being loaded", 2)
         return self.served, self.engine

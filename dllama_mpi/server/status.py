@@ -26,8 +26,11 @@ async def health(call: Call) -> Response:
 
 async def metrics(call: Call) -> Response:
     """Give figures to Prometheus."""
-    engine = call.context.state.engine
-    text = call.context.metrics.text(engine.engine.snapshot() if engine is not None else None)
+    state = call.context.state
+    engine, ranks = state.engine, []
+    if state.phase == "ready":
+        ranks = await call.context.cluster.sums(*state.ready())
+    text = call.context.metrics.text(engine.engine.snapshot() if engine is not None else None, ranks)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

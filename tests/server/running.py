@@ -86,6 +86,14 @@ def served(ranks: int, *options: str, env: dict[str, str] | None = None) -> Iter
 
 
 @contextmanager
+def supervised(*options: str) -> Iterator[Server]:
+    """Run `dllama_mpi serve --restart N` on a free port, from the time when its first job listens."""
+    command = [sys.executable, "-m", "dllama_mpi", "serve", "--port", "0", *options]
+    with _running(command, re.compile(r"http://127.0.0.1:(?P<port>\d+)")) as server:
+        yield server
+
+
+@contextmanager
 def _running(command: list[str], said: re.Pattern[str], env: dict[str, str] | None = None) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix=guard.folder_prefix()) as folder:
         log = Path(folder) / "log"

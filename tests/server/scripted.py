@@ -1,7 +1,8 @@
 """An engine that says what it is told, so that routes can be tried without a model.
 
 A prompt that holds `<<text>>` is answered with that text, then a stop token; any other with the letters of the
-alphabet, on and on. `{{N ms}}` in the prompt has each token take that long.
+alphabet, on and on. `{{N ms}}` in the prompt has each token take that long. An answer ends, with "length", before a
+token that its constraint forbids. Marks of reasoning, calls and channels are tokens, as models have them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import tokenizers
+
 import dllama_mpi
 from dllama_mpi.engine.request import Output, Request, RequestStats, SamplingParams, TokenLogprobs
 from dllama_mpi.errors import QueueFull
@@ -23,6 +27,8 @@ from dllama_mpi.text.tokenizer import Tokenizer
 DEMO = Path(dllama_mpi.__file__).parent / "demo"
 CONTEXT = 4096
 MOST_WAITING = 64
+MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+SPECIAL_MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>")
 ENDLESS = "abcdefghijklmnopqrstuvwxyz "
 
 
@@ -42,7 +48,7 @@ class ScriptedEngine:
     """Has the interface of `engine.engine.Engine`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._end = tokenizer, tokenizer.added_tokens["<|return|>"]
         self._lock = threading.Condition()
         self._tasks: dict[int, _Task] = {}
         self._cancelled: set[int] = set()
@@ -94,8 +100,10 @@ class ScriptedEngine:
         params = task.request.params
         room = CONTEXT - len(task.request.token_ids)
         limit = room if params.max_tokens is None else min(room, params.max_tokens)
+        if not task.is_endless and not self._is_allowed(task):
+            return Output(task.id, (), None, "length", None, self._usage(task))
         if not task.script and not task.is_endless:
-            return Output(task.id, (), None, "stop", 1, self._usage(task))
+            return Output(task.id, (), None, "stop", self._end, self._usage(task))
         if limit == 0:
             return Output(task.id, (), None, "length", None, self._usage(task))
         token = task.script.popleft()
@@ -111,6 +119,16 @@ class ScriptedEngine:
             task.id, (token,), logprobs, "length" if done else None, None, self._usage(task) if done else None
         )
 
+    def _is_allowed(self, task: _Task) -> bool:
+        constraint = task.request.constraint
+        if constraint is None:
+            return True
+        token, mask = task.script[0] if task.script else self._end, constraint.mask()
+        is_allowed = bool(mask[token // 32] >> np.uint32(token % 32) & 1)
+        if is_allowed and task.script:
+            constraint.accept(token)
+        return is_allowed
+
     def _usage(self, task: _Task) -> RequestStats:
         now = time.perf_counter()
         count = len(task.request.token_ids)
@@ -120,14 +138,25 @@ class ScriptedEngine:
         return {"running": len(self._tasks), "waiting": 0, "most_running": self.most}
 
 
+def load_tokenizer() -> Tokenizer:
+    """Return the demo's tokenizer with marks as tokens."""
+    backend, own = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json")), Tokenizer.load(DEMO)
+    backend.add_tokens(list(MARKS))
+    backend.add_special_tokens(list(SPECIAL_MARKS))
+    found = Tokenizer(backend, own.special_tokens, None, own.eos_ids, own.folders)
+    found.stop_ids -= {found.added_tokens["<|end|>"]}  # of a message in a channel, not of a turn as in the demo
+    return found
+
+
 def main() -> None:
     """Serve scripted answers on a free port, which is printed, until a signal; argv: style of tools, then API keys."""
     from dllama_mpi.server.gate import GateOptions, known_hosts
+    from dllama_mpi.server.grammar import Grammars
     from dllama_mpi.server.run import HttpServer, ServeOptions
     from dllama_mpi.server.served import Served
 
     style, *keys = sys.argv[1:]
-    tokenizer = Tokenizer.load(DEMO)
+    tokenizer = load_tokenizer()
     gate = GateOptions(keys=tuple(keys), hosts=known_hosts((), "here"), body_bytes=1_000_000, body_seconds=2)
     server = HttpServer(ServeOptions(port=0, gate=gate, header_timeout=2, drain_timeout=5))
     server.start()
@@ -140,6 +169,7 @@ def main() -> None:
         SamplingParams(),
         tool_style=style,
         thinks=True,
+        grammars=Grammars(tokenizer, tokenizer.vocab_size),
     )
     print(server.port, flush=True)
     server.serve(ScriptedEngine(tokenizer), served)

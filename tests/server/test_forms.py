@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -138,3 +139,27 @@ def test_forms_that_cannot_be(client: openai.OpenAI, body: dict[str, Any], param
     with pytest.raises(openai.BadRequestError) as caught:
         client.post("/chat/completions", body={"messages": ASKED, "max_tokens": 5, **body}, cast_to=object)
     assert caught.value.param == param
+
+
+@pytest.mark.slow
+def test_forms_of_a_model_that_reasons(tmp_path: Path) -> None:
+    """The demo model's reasoning, opened by the prompt, never ends by itself: no form begins, and all of it counts."""
+    file = tmp_path / "thinking.jinja"
+    file.write_text("{% for m in messages %}{{ m.content }}{% endfor %}<think>\n{# ends with </think> #}")
+    with served(2, "--nthreads", "1", "--chat-template", str(file)) as server:
+        body: dict[str, Any] = {"messages": ASKED, "max_tokens": 40}
+        given: Any = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
+        answer = server.post("/v1/chat/completions", {**body, "response_format": given}).json()
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": 40}
+
+
+def test_calls_of_other_styles_that_are_forced() -> None:
+    with served(2, "--nthreads", "1", "--tool-parser", "qwen3_coder") as server:
+        body = {"messages": ASKED, "tools": TOOLS, "tool_choice": "required", "max_tokens": 200, "temperature": 1.5}
+        choice = server.post("/v1/chat/completions", body).json()["choices"][0]
+        (call,) = choice["message"]["tool_calls"]
+        arguments = json.loads(call["function"]["arguments"])
+        assert call["function"]["name"] in ("weather", "time")
+        assert arguments == {} or 10 <= arguments["n"] <= 99
+        assert choice["finish_reason"] == "tool_calls"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -123,7 +124,12 @@ def test_cluster(server: Server, client: openai.OpenAI) -> None:
     assert sum(rank["share"] for rank in found["ranks"]) == pytest.approx(1, abs=0.01)
     assert all(rank["compute_ms"] > 0 for rank in found["ranks"])
     assert found["engine"]["running"] == 0
-    assert "dllama_engine_pages_total" in server.get("/metrics", headers=headers).text
+    text = server.get("/metrics", headers=headers).text
+    assert "dllama_engine_pages_total" in text
+    told = re.findall(r'^dllama_rank_(compute|wait)_seconds_total{host="[^"]+",rank="(\d)"} (\S+)$', text, re.MULTILINE)
+    assert [each[:2] for each in told] == [("compute", "0"), ("compute", "1"), ("wait", "0"), ("wait", "1")]
+    for _, rank, seconds in told[:2]:
+        assert float(seconds) >= 1e-3 * found["ranks"][int(rank)]["compute_ms"] - 1e-9
     assert server.get("/cluster").status_code == 401
 
 
