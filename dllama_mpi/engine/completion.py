@@ -96,10 +96,3 @@ class Completion:
             self.logprobs or None,
             self.prompt_logprobs,
         )
-
-
-def unit(vector: np.ndarray) -> np.ndarray:
-    """Return a vector (n,) float32 with length 1; nothing but zeros stays so."""
-    length = float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
-    scaled: np.ndarray = (vector / (length or 1.0)).astype(np.float32)
-    return scaled

@@ -36,10 +36,10 @@ from ..text.tokenizer import Tokenizer
 from ..weights.cache import WeightCache, folder_of
 from ..weights.slices import Manifest
 from ..weights.source import WeightSource
-from .completion import Completion, Generation, unit
+from .completion import Completion, Generation
 from .engine import Context, Engine
 from .lookup import MOST_DRAFTS, Lookup
-from .request import Request, SamplingParams, are_several, is_integer, shown
+from .request import Request, SamplingParams, are_several, is_integer, shown, unit
 from .runner import Runner
 from .scheduler import Limits
 from .stats import Stats

@@ -207,3 +207,10 @@ class Output:
     usage: RequestStats | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
     hidden: np.ndarray | None = None
+
+
+def unit(vector: np.ndarray) -> np.ndarray:
+    """Return a vector (n,) float32 with length 1; nothing but zeros stays so."""
+    length = float(np.sqrt(np.square(vector, dtype=np.float64).sum()))
+    scaled: np.ndarray = (vector / (length or 1.0)).astype(np.float32)
+    return scaled

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from starlette.responses import Response
 
-from ..engine.completion import unit
-from ..engine.request import Request, SamplingParams
+from ..engine.request import Request, SamplingParams, unit
 from ..errors import QueueFull, RequestError
 from .errors import ApiError, unavailable
 from .http import Call, JSONAnswer, unless_gone
