@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import ssl
@@ -21,12 +22,13 @@ from .app import build
 from .gate import GateOptions
 from .metrics import Metrics
 from .outbox import EngineLike, EngineLoop
-from .protocol import timed_protocol
+from .protocol import Bounds, bounded_protocol
 from .served import Served, State
 
 _SWITCH_SECONDS = 5e-4  # how long HTTP may hold the interpreter while the engine waits for it
 _START_SECONDS = 30.0
-_MOST_CONNECTIONS = 2048
+_BACKLOG = 2048  # connections that wait to be accepted
+_FILES = 4096  # that may be open, connections included
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class ServeOptions:
 
     Attributes:
         header_timeout: seconds for a request's head. idle_timeout: seconds that a connection may stay without one.
-        drain_timeout: seconds that requests have to finish when the server ends.
+        send_timeout: seconds that a client may leave what was sent unread. drain_timeout: seconds that requests have to
+            finish when the server ends. connections: at once.
     """
 
     host: str = "127.0.0.1"
@@ -45,7 +48,9 @@ class ServeOptions:
     keyfile: str | None = None
     header_timeout: float = 15.0
     idle_timeout: float = 75.0
+    send_timeout: float = 60.0
     drain_timeout: float = 30.0
+    connections: int = 2048
 
 
 class HttpServer:
@@ -57,6 +62,7 @@ class HttpServer:
 
     def __init__(self, options: ServeOptions) -> None:
         _check_certificate(options)
+        _allow_files()
         self.options = options
         self._socket = _listen(options.host, options.port)
         self.port: int = self._socket.getsockname()[1]
@@ -79,13 +85,12 @@ class HttpServer:
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         return uvicorn.Config(
             build(self._state, self._metrics, o.gate),
-            http=timed_protocol(o.header_timeout),
+            http=bounded_protocol(Bounds(o.header_timeout, o.send_timeout, o.connections)),
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
-            limit_concurrency=_MOST_CONNECTIONS,
             timeout_keep_alive=int(o.idle_timeout),
             timeout_graceful_shutdown=int(o.drain_timeout),
             ssl_certfile=o.certfile,
@@ -172,6 +177,14 @@ class HttpServer:
         self._socket.close()
 
 
+def _allow_files() -> None:
+    """Let this process have as many files open as there may be connections, where the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
@@ -180,7 +193,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(_MOST_CONNECTIONS)
+        listener.listen(_BACKLOG)
     except OSError as error:
         said = error.strerror or str(error)
         raise UsageError(f"cannot listen on {host} port {port}: {said}; choose another by --host and --port") from None

@@ -18,6 +18,8 @@ from .outbox import EngineLoop
 from .parsing import THINK, Style
 from .schema import Message, ResponseFormat, Sampling, Tool
 
+_PIECE = 1 << 16  # characters of a text that are made into tokens at a time, to see whether it is too long
+
 
 @dataclass(frozen=True)
 class Served:
@@ -122,6 +124,7 @@ class Served:
         """
         if isinstance(prompt, str):
             try:
+                self._check_length(prompt, field)
                 ids = self.tokenizer.encode(prompt, add_special_tokens=not is_rendered)
             except RequestError as error:
                 raise ApiError(400, f"{field}: {error}", param=field) from None
@@ -135,13 +138,17 @@ class Served:
         if wrong is not None:
             raise ApiError(400, f"{field}: token id {wrong} is out of range 0 to {self.vocab_size - 1}", param=field)
         if len(ids) >= self.context:
-            raise ApiError(
-                400,
-                f"{field}: the prompt has {len(ids)} tokens; the context holds {self.context}, an answer included",
-                param=field,
-                code="context_length_exceeded",
-            )
+            raise _too_long(field, str(len(ids)), self.context)
         return ids
+
+    def _check_length(self, text: str, field: str) -> None:
+        """Refuse a text that is far too long before all of it is made into tokens: that takes time and memory."""
+        count, most = 0, 1.25 * self.context  # cutting it adds a few
+        if len(text) > 2 * _PIECE:
+            for start in range(0, len(text), _PIECE):
+                count += len(self.tokenizer.encode(text[start : start + _PIECE], add_special_tokens=False))
+                if count > most:
+                    raise _too_long(field, f"more than {self.context}", self.context)
 
     def params(self, body: Sampling, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Return how tokens are chosen for a request: its own values, else the server's.
@@ -185,6 +192,11 @@ class Served:
                 )
             biases[int(key)] = value
         return biases
+
+
+def _too_long(field: str, count: str, context: int) -> ApiError:
+    said = f"{field}: the prompt has {count} tokens; the context holds {context}, an answer included"
+    return ApiError(400, said, param=field, code="context_length_exceeded")
 
 
 def _plain(message: Message) -> dict[str, Any]:
