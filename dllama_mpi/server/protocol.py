@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ except ImportError:  # the parser in C is not there
 
 LARGEST_HEAD = 1 << 16  # bytes, or as many more as come at once
 _TELLS = hasattr(Base, "on_body")  # what it has parsed; the one in Python bounds heads itself
+_UPGRADE = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 _LOOKS = 4  # at what is unread, in the time that it may stay so
 
 
@@ -42,6 +44,12 @@ async def _overloaded(scope: Scope, receive: Receive, send: Send) -> None:
     await answer(scope, receive, send)
 
 
+def _without_upgrade(data: bytes) -> bytes:
+    """Return a request without its wish for another protocol: the parser in C would take its body for that."""
+    head, found, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"", head) + found + rest if found else data
+
+
 def bounded_protocol(bounds: Bounds) -> type[asyncio.Protocol]:
     """Return the protocol class that closes connections which take more."""
 
@@ -49,6 +57,7 @@ def bounded_protocol(bounds: Bounds) -> type[asyncio.Protocol]:
         _limit: asyncio.TimerHandle | None = None
         _look: asyncio.TimerHandle | None = None
         _unread = _still = 0  # bytes at the last look, and how many looks they have been as many
+        _is_within = not _TELLS  # whether a request has begun, and not ended
         _unparsed = 0  # bytes since a head or some of a body was complete
 
         def connection_made(self, transport: Any) -> None:
@@ -66,7 +75,7 @@ def bounded_protocol(bounds: Bounds) -> type[asyncio.Protocol]:
 
         def data_received(self, data: bytes) -> None:
             self._unparsed += len(data) if _TELLS else 0
-            super().data_received(data)
+            super().data_received(data if self._is_within else _without_upgrade(data))
             if self._unparsed > LARGEST_HEAD and not self.transport.is_closing():
                 self._refuse(ApiError(431, f"the request's head is larger than {LARGEST_HEAD} bytes"))
             elif self.cycle is None or self.cycle.response_complete:
@@ -74,6 +83,10 @@ def bounded_protocol(bounds: Bounds) -> type[asyncio.Protocol]:
                     self._expect()
             else:
                 self._expected()
+
+        def on_message_begin(self) -> None:
+            self._is_within = True
+            super().on_message_begin()
 
         def on_headers_complete(self) -> None:
             self._unparsed = 0
@@ -84,7 +97,7 @@ def bounded_protocol(bounds: Bounds) -> type[asyncio.Protocol]:
             super().on_body(body)
 
         def on_message_complete(self) -> None:
-            self._unparsed = 0
+            self._unparsed, self._is_within = 0, False
             super().on_message_complete()
 
         def send_400_response(self, msg: str) -> None:

@@ -18,6 +18,7 @@ from .outbox import EngineLoop
 from .parsing import THINK, Style
 from .schema import Message, ResponseFormat, Sampling, Tool
 
+_COUNTED = 1 << 20  # characters of a text that is made into tokens to be told, if the context is short
 _PIECE = 1 << 16  # characters of a text that are made into tokens at a time, to see whether it is too long
 
 
@@ -149,6 +150,20 @@ class Served:
                 count += len(self.tokenizer.encode(text[start : start + _PIECE], add_special_tokens=False))
                 if count > most:
                     raise _too_long(field, f"more than {self.context}", self.context)
+
+    def count(self, text: str, field: str, add_special: bool = False) -> list[int]:
+        """Return the token ids of any text.
+
+        Raises:
+            ApiError: it is far longer than the model could read, or no valid Unicode; `field` is named.
+        """
+        most = max(_COUNTED, 16 * self.context)
+        if len(text) > most:
+            raise ApiError(400, f"{field}: the text has {len(text)} characters; it may have {most}", param=field)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special)
+        except RequestError as error:
+            raise ApiError(400, f"{field}: {error}", param=field) from None
 
     def params(self, body: Sampling, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Return how tokens are chosen for a request: its own values, else the server's.

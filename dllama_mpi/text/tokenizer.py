@@ -32,7 +32,7 @@ END_TOKENS_IF_SPECIAL = ("</s>",)
 END_TOKENS_BESIDE = {"<|end|>": "<|assistant|>"}
 
 _LONG = 1 << 14  # characters of a text that other threads need not wait for
-_HUGE = 1 << 20  # characters of texts that wait for each other: such a one takes a hundred times its size in memory
+_HUGE = 1 << 18  # characters of texts that wait for each other: such a one takes a hundred times its size in memory
 
 
 class Tokenizer:
