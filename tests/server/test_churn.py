@@ -18,6 +18,23 @@ from tests.server.running import Server, read_some, served
 
 COUNT = int(os.environ.get("DLLAMA_MPI_CHURN", "300"))
 AT_ONCE = 32
+WORDS = [
+    "This",
+    "module",
+    "provides",
+    "a",
+    "list",
+    "of",
+    "names",
+    "that",
+    "are",
+    "used",
+    "by",
+    "the",
+    "compiler",
+    "to",
+    "find",
+]
 MOST_GROWTH = 30 << 20  # bytes of a rank between a quarter of the requests and all of them
 
 
@@ -29,16 +46,17 @@ def figure(server: Server, name: str) -> float:
 
 def ask(server: Server, rng: random.Random) -> str:
     """Make a request, and perhaps go away; return what became of it."""
-    words = "This module provides a list of names that are used by the compiler to find out what a text is ".split()
     body = {
-        "prompt": "Shared beginning. " * rng.randrange(4) * 10 + " ".join(rng.choices(words, k=rng.randint(1, 80))),
+        "prompt": "Shared beginning. " * rng.randrange(4) * 10 + " ".join(rng.choices(WORDS, k=rng.randint(1, 80))),
         "max_tokens": rng.randint(1, 60),
         "n": rng.choice([1, 1, 1, 2]),
         "stream": rng.random() < 0.7,
         "ignore_eos": True,
     }
     data = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\nConnection: close\r\n\r\n"
+    )
     leaves = rng.choice(["never", "never", "at once", "soon", "later", "half"])
     with server.connect() as connection, contextlib.suppress(ConnectionError):
         if leaves == "half":
@@ -91,8 +109,8 @@ def test_requests_that_come_and_go() -> None:
             time.sleep(0.1)
         late = memory_of(server)
         finished = figure(server, "dllama_requests_total")
-        print(dict(said), f"finished {finished:g}", "MB then and now", [[m >> 20 for m in each] for each in (early, late)])
-        print("preemptions", figure(server, "dllama_engine_preemptions"), "of pages", figure(server, "dllama_engine_pages_total"))
+        preemptions = figure(server, "dllama_engine_preemptions")
+        print(dict(said), f"finished {finished:g}, preemptions {preemptions:g}, memory", early, late)
         assert set(said) <= {"200", "left", "half"}
         assert sum(said.values()) == COUNT
         assert said["200"] <= finished <= 2 * COUNT
