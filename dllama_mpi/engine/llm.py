@@ -250,7 +250,7 @@ class LLM:
         """
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, (Sequence, np.ndarray)) and all(is_integer(i) for i in prompt):
+        elif _is_list(prompt) and all(is_integer(i) for i in prompt):
             ids = [int(i) for i in prompt]
         else:
             raise RequestError(f"a prompt is a text or a list of token ids, not {shown(prompt)}")
@@ -384,6 +384,12 @@ class LLM:
         """Return the natural log-probability (n - 1,) float64 of each of n tokens but the first on the root."""
         with self._call() as leads:
             return self.engine.scores(self.encode(token_ids)) if leads else None
+
+
+def _is_list(prompt: Any) -> bool:
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim > 0
+    return isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray, memoryview))
 
 
 def _generation(completion: Completion, stats: Stats) -> Generation:

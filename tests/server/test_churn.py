@@ -18,23 +18,7 @@ from tests.server.running import Server, read_some, served
 
 COUNT = int(os.environ.get("DLLAMA_MPI_CHURN", "300"))
 AT_ONCE = 32
-WORDS = [
-    "This",
-    "module",
-    "provides",
-    "a",
-    "list",
-    "of",
-    "names",
-    "that",
-    "are",
-    "used",
-    "by",
-    "the",
-    "compiler",
-    "to",
-    "find",
-]
+WORDS = ["This", "module", "provides", "a", "list", "of", "names", "that", "are", "used", "by", "the", "compiler"]
 MOST_GROWTH = 30 << 20  # bytes of a rank between a quarter of the requests and all of them
 
 
