@@ -49,8 +49,9 @@ def main() -> None:
         "together": tokens(together.generate(prompts, params)),
         "cached": tokens(together.generate(prompts, params)),
     }
-    drafted = LLM(folder, max_batch=COUNT, speculate="lookup", **options)
-    ways["drafted"] = tokens(drafted.generate(prompts, params))
+    if not together.config.has_state:
+        drafted = LLM(folder, max_batch=COUNT, speculate="lookup", **options)
+        ways["drafted"] = tokens(drafted.generate(prompts, params))
     few = 3.5 * 256 * together.memory.per_position(together.shards[together.group.rank]) / 1e9
     few = max(together.group.allgather(few))
     tight = LLM(folder, max_batch=COUNT, kv_memory=few, **options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ PROMPTS: dict[str, Any] = {
     "array of texts": np.array(["a"]),
     "too long": [1] * 1000,
     "surrogate": "\ud800",
-}
+}  # fmt: skip
 PARAMS: dict[str, Any] = {"int": 5, "dict": {"temperature": 0}, "class": SamplingParams, "text": "greedy"}
 
 
@@ -56,19 +57,24 @@ def told(call: Callable[[], Any]) -> str:
     return "nothing"
 
 
+def streamed(llm: LLM, prompt: Any, params: Any) -> list[str]:
+    """Return the pieces of a stream."""
+    return list(llm.stream(prompt, params))
+
+
 def main() -> None:
     llm = LLM(sys.argv[1], nthreads=1, max_seq_len=64)
     good = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     first = llm.generate([1, 2], good)
     calls: dict[str, Callable[[], Any]] = {}
     for name, prompt in PROMPTS.items():
-        calls[f"generate, {name}"] = lambda prompt=prompt: llm.generate(prompt, good)
-        calls[f"stream, {name}"] = lambda prompt=prompt: list(llm.stream(prompt, good))
-        calls[f"logits, {name}"] = lambda prompt=prompt: llm.logits(prompt)
-        calls[f"log_probabilities, {name}"] = lambda prompt=prompt: llm.log_probabilities(prompt)
+        calls[f"generate, {name}"] = partial(llm.generate, prompt, good)
+        calls[f"stream, {name}"] = partial(streamed, llm, prompt, good)
+        calls[f"logits, {name}"] = partial(llm.logits, prompt)
+        calls[f"log_probabilities, {name}"] = partial(llm.log_probabilities, prompt)
     for name, params in PARAMS.items():
-        calls[f"generate, params: {name}"] = lambda params=params: llm.generate([1], params)
-        calls[f"stream, params: {name}"] = lambda params=params: list(llm.stream([1], params))
+        calls[f"generate, params: {name}"] = partial(llm.generate, [1], params)
+        calls[f"stream, params: {name}"] = partial(streamed, llm, [1], params)
     for name, call in calls.items():
         everybody = llm.group.allgather(told(call))
         again = llm.generate([1, 2], good)
