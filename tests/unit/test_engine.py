@@ -101,6 +101,16 @@ def test_a_state_is_kept_where_texts_turn_off() -> None:
     assert fed == [18, 18, 10]
 
 
+def test_a_state_without_its_pages_is_of_no_use() -> None:
+    """The second text takes the last page of the first, but no slot; the third begins like the first."""
+    engine, _ = engine_of(limits(pages=10, slots=12, chunk=100))
+    first = ask(list(range(6)), max_tokens=1)
+    said = tokens_of(outputs_of(engine, first))
+    outputs_of(engine, ask([9] * 33, max_tokens=1))
+    third = ask([*range(6), *said, 3], max_tokens=4)
+    assert tokens_of(outputs_of(engine, third)) == alone(third)[0]
+
+
 def test_oldest_pages_are_forgotten_first() -> None:
     engine, runner = engine_of(limits(pages=10, chunk=100))
     for i in range(4):  # three pages each

@@ -23,14 +23,15 @@ class Anything(RuleBasedStateMachine):
         pages=st.integers(CONTEXT // 4, 24),
         sequences=st.integers(1, 5),
         chunk=st.integers(1, 12),
-        kind=st.sampled_from(["plain", "drafts", "states", "apart"]),
+        kind=st.sampled_from(["plain", "drafts", "states", "states", "apart"]),
+        spare=st.sampled_from([2, 12]),
     )
-    def begin(self, pages: int, sequences: int, chunk: int, kind: str) -> None:
+    def begin(self, pages: int, sequences: int, chunk: int, kind: str, spare: int) -> None:
         given = limits(
             pages=pages,
             sequences=sequences,
             chunk=chunk,
-            slots=sequences + 2 if kind == "states" else 0,
+            slots=sequences + spare if kind == "states" else 0,
             drafts=20 if kind == "drafts" else 0,
             shares=kind != "apart",
         )
