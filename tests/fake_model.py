@@ -23,6 +23,7 @@ from dllama_mpi.engine.step import ROW, Step
 from dllama_mpi.parallel.group import TensorParallelGroup
 
 VOCABULARY = 12
+CONTEXT = 40
 
 
 def logits_after(tokens: list[int]) -> np.ndarray:
@@ -103,8 +104,13 @@ class Guesser(Lookup):
         return drafts
 
 
+def limits(**changes: Any) -> Limits:
+    """Return limits with pages of 4 positions."""
+    return Limits(**{"sequences": 4, "pages": 40, "chunk": 7, "page": 4} | changes)
+
+
 def engine_of(
-    limits: Limits, context: int = 40, max_queue: int | None = None, drafter: Any = None
+    limits: Limits, context: int = CONTEXT, max_queue: int | None = None, drafter: Any = None
 ) -> tuple[Engine, FakeRunner]:
     """Return an engine over a fake model."""
     runner: Any = FakeRunner(limits)
@@ -112,7 +118,7 @@ def engine_of(
     return Engine(runner, group, Context(VOCABULARY, context, max_queue), limits, drafter), runner
 
 
-def alone(request: Request, context: int = 40) -> tuple[list[int], str]:
+def alone(request: Request, context: int = CONTEXT) -> tuple[list[int], str]:
     """Return the tokens that a request must get, and how it ends, run by itself."""
     p, tokens = request.params, list(request.token_ids)
     limit = context if p.max_tokens is None else min(context, len(tokens) + p.max_tokens)

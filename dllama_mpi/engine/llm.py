@@ -39,7 +39,7 @@ from ..weights.source import WeightSource
 from .completion import Completion, Generation
 from .engine import Context, Engine
 from .lookup import MOST_DRAFTS, Lookup
-from .request import Request, SamplingParams, are_several, is_integer, shown, unit
+from .request import Request, SamplingParams, are_several, is_integer, is_list, shown, unit
 from .runner import Runner
 from .scheduler import Limits
 from .stats import Stats
@@ -244,7 +244,7 @@ class LLM:
         """
         if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt)
-        elif isinstance(prompt, (Sequence, np.ndarray)) and all(is_integer(i) for i in prompt):
+        elif is_list(prompt) and all(is_integer(i) for i in prompt):
             ids = [int(i) for i in prompt]
         else:
             raise RequestError(f"a prompt is a text or a list of token ids, not {shown(prompt)}")

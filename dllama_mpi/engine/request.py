@@ -118,6 +118,13 @@ def are_several(prompt: Any) -> bool:
     return not isinstance(prompt, str) and len(prompt) > 0 and isinstance(prompt[0], (str, list, tuple, np.ndarray))
 
 
+def is_list(prompt: Any) -> bool:
+    """Return whether a prompt is a list of some kind, not bytes."""
+    if isinstance(prompt, np.ndarray):
+        return prompt.ndim > 0
+    return isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray, memoryview))
+
+
 def shown(value: Any) -> str:
     """Return a value as a message shows it."""
     text = " ".join(repr(value).split())

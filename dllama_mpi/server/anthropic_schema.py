@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from .schema import Body, StopString
+from .schema import MOST_MESSAGES, Body, Several, StopString
 
 TEXTS = ("text", "tool_use", "tool_result", "thinking", "redacted_thinking")
 
@@ -20,7 +20,7 @@ class Block(Body):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: str | list[Block] | None = None
+    content: str | Several[Block] | None = None
     is_error: bool | None = None
     thinking: str | None = None
 
@@ -36,7 +36,7 @@ class Turn(Body):
     """A message."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Several[Block]
 
 
 class OfferedTool(Body):
@@ -66,9 +66,9 @@ class CountBody(Body):
     """The body of /v1/messages/count_tokens."""
 
     model: str | None = None
-    messages: list[Turn] = Field(min_length=1)
-    system: str | list[Block] | None = None
-    tools: list[OfferedTool] | None = Field(default=None, max_length=256)
+    messages: Several[Turn] = Field(min_length=1, max_length=MOST_MESSAGES)
+    system: str | Several[Block] | None = None
+    tools: Several[OfferedTool] | None = Field(default=None, max_length=256)
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
 
@@ -77,7 +77,7 @@ class MessagesBody(CountBody):
     """The body of /v1/messages."""
 
     max_tokens: int = Field(ge=1)
-    stop_sequences: Annotated[list[StopString], Field(max_length=32)] | None = None
+    stop_sequences: Annotated[Several[StopString], Field(max_length=32)] | None = None
     stream: bool | None = None
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, ge=0, le=1)

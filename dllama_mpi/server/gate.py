@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError
 from .http import JSONAnswer
 
+LEAST_RATE = 1000.0  # bytes a second of a body, once it has taken longer than it may pause
+
 
 @dataclass(frozen=True)
 class GateOptions:
@@ -25,7 +28,7 @@ class GateOptions:
     Attributes:
         keys: API keys; none: everybody may. hosts: names that a Host header may have beside addresses; "*": any.
         origins: of pages elsewhere that may call; "*": any. open_paths: without a key.
-        body_bytes: the most a body may have. body_seconds: that it may pause.
+        body_bytes: the most a body may have. body_seconds: that it may pause; besides, it must come at LEAST_RATE.
     """
 
     keys: tuple[str, ...] = ()
@@ -99,21 +102,23 @@ class Gate:
 
     def _check_length(self, headers: Headers) -> None:
         length = headers.get("content-length", "0")
-        if length.isdigit() and int(length) > self._options.body_bytes:
+        if length.isdecimal() and (len(length) > 18 or int(length) > self._options.body_bytes):
             raise self._too_large()
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self._options.body_bytes} bytes", code="body_too_large")
 
     def _limited(self, receive: Receive) -> Receive:
-        read, more = 0, True
+        read, more, began = 0, True, time.monotonic()
 
         async def limited() -> Any:
             nonlocal read, more
             if not more:
                 return await receive()
+            pause = self._options.body_seconds
+            left = pause + read / LEAST_RATE - (time.monotonic() - began)
             try:
-                message = await asyncio.wait_for(receive(), self._options.body_seconds)
+                message = await asyncio.wait_for(receive(), max(0.0, min(pause, left)))
             except asyncio.TimeoutError:
                 raise ApiError(408, "the body has not come in time", headers={"Connection": "close"}) from None
             if message["type"] == "http.request":

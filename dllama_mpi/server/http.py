@@ -23,7 +23,6 @@ from .served import Served, State
 
 T = TypeVar("T")
 KEEP_ALIVE_SECONDS = 15.0  # of silence in a stream, before a comment
-SEND_SECONDS = 60.0  # that a client may leave what was sent unread
 _TICK = 1.0
 _LARGE = 1 << 16  # bytes of a body that is read beside the loop
 
@@ -90,7 +89,7 @@ def event(data: Any, name: str | None = None) -> str:
 class EventStream(Response):
     """A stream of server-sent events, with comments where it is silent. `close` is called in any case.
 
-    A client that has gone, or leaves what was sent unread, ends it.
+    A client that has gone ends it; so does one that leaves what was sent unread, see `protocol.Bounds`.
     """
 
     media_type = "text/event-stream"
@@ -99,7 +98,7 @@ class EventStream(Response):
         super().__init__(None, 200, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events, self._close, self._path = events, close, path
-        self._sending: float | None = None  # since when
+        self._is_sending = False
         self._sent = time.monotonic()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -107,7 +106,7 @@ class EventStream(Response):
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._watch, receive, tasks.cancel_scope)
-                tasks.start_soon(self._tend, send, tasks.cancel_scope)
+                tasks.start_soon(self._tend, send)
                 await self._produce(send)
                 tasks.cancel_scope.cancel()
         finally:
@@ -130,23 +129,19 @@ class EventStream(Response):
         return event(error.body(self._path), "error" if is_named else None)
 
     async def _send(self, send: Send, text: str) -> None:
-        self._sending = time.monotonic()
+        self._is_sending = True
         await send({"type": "http.response.body", "body": text.encode("utf-8", "replace"), "more_body": True})
-        self._sent, self._sending = time.monotonic(), None
+        self._sent, self._is_sending = time.monotonic(), False
 
     async def _watch(self, receive: Receive, scope: anyio.CancelScope) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
         scope.cancel()
 
-    async def _tend(self, send: Send, scope: anyio.CancelScope) -> None:
+    async def _tend(self, send: Send) -> None:
         while True:
             await asyncio.sleep(_TICK)
-            now = time.monotonic()
-            if self._sending is not None:
-                if now - self._sending > SEND_SECONDS:
-                    scope.cancel()
-            elif now - self._sent > KEEP_ALIVE_SECONDS:
+            if not self._is_sending and time.monotonic() - self._sent > KEEP_ALIVE_SECONDS:
                 await self._send(send, ": keep-alive\n\n")
 
 

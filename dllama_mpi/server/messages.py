@@ -117,7 +117,7 @@ async def count_tokens(call: Call) -> Response:
         served.check_name(body.model)
         found, tools = conversation(body)
         prompt = served.render(found, tools, **_variables(body))
-        return len(served.tokenizer.encode(prompt, add_special_tokens=False))
+        return len(served.count(prompt, "messages"))
 
     return JSONAnswer({"input_tokens": await asyncio.to_thread(count)})
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from .schema import Body, FunctionTool, Part, ResponseFormat, Tool
+from .schema import MOST_MESSAGES, Body, FunctionTool, Part, ResponseFormat, Several, Tool
 
 
 class Item(Body):
@@ -14,11 +14,11 @@ class Item(Body):
 
     type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: str | list[Part] | None = None
+    content: str | Several[Part] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[Part] | None = None
+    output: str | Several[Part] | None = None
 
     @model_validator(mode="after")
     def _is_whole(self) -> Item:
@@ -67,7 +67,7 @@ class ResponsesBody(Body):
     """The body of /v1/responses."""
 
     model: str | None = None
-    input: str | list[Item]
+    input: str | Annotated[Several[Item], Field(max_length=MOST_MESSAGES)]
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
@@ -75,7 +75,7 @@ class ResponsesBody(Body):
     temperature: float | None = Field(default=None, ge=0, le=100)
     top_p: float | None = Field(default=None, ge=0, le=1)
     max_output_tokens: int | None = Field(default=None, ge=1)
-    tools: list[ResponseTool] | None = Field(default=None, max_length=256)
+    tools: Several[ResponseTool] | None = Field(default=None, max_length=256)
     tool_choice: Literal["auto", "none", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None

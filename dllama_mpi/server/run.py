@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import resource
 import signal
 import socket
 import ssl
@@ -21,12 +22,13 @@ from .app import build
 from .gate import GateOptions
 from .metrics import Metrics
 from .outbox import EngineLike, EngineLoop
-from .protocol import timed_protocol
+from .protocol import Bounds, bounded_protocol
 from .served import Served, State
 
 _SWITCH_SECONDS = 5e-4  # how long HTTP may hold the interpreter while the engine waits for it
 _START_SECONDS = 30.0
-_MOST_CONNECTIONS = 2048
+_BACKLOG = 2048  # connections that wait to be accepted
+_FILES = 4096  # that may be open, connections included
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class ServeOptions:
 
     Attributes:
         header_timeout: seconds for a request's head. idle_timeout: seconds that a connection may stay without one.
-        drain_timeout: seconds that requests have to finish when the server ends.
+        send_timeout: seconds that a client may leave what was sent unread. drain_timeout: seconds that requests have to
+            finish when the server ends. connections: at once.
         is_shared: others of this user may listen at the same address (SO_REUSEPORT), see `supervisor`.
     """
 
@@ -46,8 +49,10 @@ class ServeOptions:
     keyfile: str | None = None
     header_timeout: float = 15.0
     idle_timeout: float = 75.0
+    send_timeout: float = 60.0
     drain_timeout: float = 30.0
     is_shared: bool = False
+    connections: int = 2048
 
 
 class HttpServer:
@@ -59,6 +64,7 @@ class HttpServer:
 
     def __init__(self, options: ServeOptions, phase: str = "loading") -> None:
         _check_certificate(options)
+        _allow_files()
         self.options = options
         self._socket = bind(options.host, options.port, options.is_shared)
         self.port: int = self._socket.getsockname()[1]
@@ -81,14 +87,13 @@ class HttpServer:
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
         return uvicorn.Config(
             build(self._state, self._metrics, o.gate),
-            http=timed_protocol(o.header_timeout),
+            http=bounded_protocol(Bounds(o.header_timeout, o.send_timeout, o.connections)),
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
-            limit_concurrency=_MOST_CONNECTIONS,
-            backlog=_MOST_CONNECTIONS,
+            backlog=_BACKLOG,
             timeout_keep_alive=int(o.idle_timeout),
             timeout_graceful_shutdown=int(o.drain_timeout),
             ssl_certfile=o.certfile,
@@ -175,6 +180,14 @@ class HttpServer:
         self._socket.close()
 
 
+def _allow_files() -> None:
+    """Let this process have as many files open as there may be connections, where the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if hard == resource.RLIM_INFINITY else min(_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def bind(host: str, port: int, is_shared: bool = False) -> socket.socket:
     """Return a socket at an address; it listens already, unless the address is shared.
 
@@ -191,7 +204,7 @@ def bind(host: str, port: int, is_shared: bool = False) -> socket.socket:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         listener.bind(address)
         if not is_shared:
-            listener.listen(_MOST_CONNECTIONS)
+            listener.listen(_BACKLOG)
     except OSError as error:
         said = error.strerror or str(error)
         raise UsageError(f"cannot listen on {host} port {port}: {said}; choose another by --host and --port") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -12,7 +12,11 @@ MOST_TOP_LOGPROBS = 20
 MOST_BIASES = 1024
 MOST_PROMPTS = 64
 MOST_INPUTS = 2048
+MOST_MESSAGES = 1 << 15
 
+T = TypeVar("T")
+# Of a list the first wrong member is told: there may be millions.
+Several = Annotated[list[T], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 TokenId = Annotated[int, Field(ge=0)]
 
@@ -43,7 +47,7 @@ class Sampling(Body):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     ignore_eos: bool | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=MOST_BIASES)
-    stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None = None
+    stop: StopString | Annotated[Several[StopString], Field(max_length=MOST_STOPS)] | None = None
     max_tokens: int | None = Field(default=None, ge=0)
 
     @property
@@ -103,9 +107,9 @@ class Message(Body):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[Part] | None = None
+    content: str | Several[Part] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Several[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -169,13 +173,13 @@ class ResponseFormat(NamedSchema):
 class ChatBody(Completing):
     """The body of /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Several[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
     max_completion_tokens: int | None = Field(default=None, ge=0)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
     grammar: str | None = None
-    tools: list[Tool] | None = Field(default=None, max_length=256)
+    tools: Several[Tool] | None = Field(default=None, max_length=256)
     tool_choice: Literal["auto", "none", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -192,9 +196,11 @@ class CompletionBody(Completing):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[Several[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[Several[TokenId], Field(min_length=1)]
+        | Annotated[
+            Several[Annotated[Several[TokenId], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)
+        ]
     )
     echo: bool | None = None
     logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP_LOGPROBS)
@@ -232,8 +238,8 @@ class TokenizeBody(Body):
 
     content: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
-    tools: list[Tool] | None = None
+    messages: Several[Message] | None = Field(default=None, max_length=MOST_MESSAGES)
+    tools: Several[Tool] | None = None
     add_special: bool = False
     with_pieces: bool = False
 
@@ -241,13 +247,13 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """The body of /detokenize."""
 
-    tokens: list[TokenId]
+    tokens: Several[TokenId]
 
 
 class TemplateBody(Body):
     """The body of /apply-template."""
 
-    messages: list[Message] = Field(min_length=1)
-    tools: list[Tool] | None = None
+    messages: Several[Message] = Field(min_length=1, max_length=MOST_MESSAGES)
+    tools: Several[Tool] | None = None
     add_generation_prompt: bool = True
     chat_template_kwargs: dict[str, Any] | None = None

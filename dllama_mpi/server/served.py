@@ -21,6 +21,8 @@ from .parsing import THINK, THOUGHT, Style
 from .schema import Message, ResponseFormat, Sampling, Tool
 
 _THOUGHT = re.compile(re.escape(THOUGHT))
+_COUNTED = 1 << 20  # characters of a text that is made into tokens to be told, if the context is short
+_PIECE = 1 << 16  # characters of a text that are made into tokens at a time, to see whether it is too long
 
 
 @dataclass(frozen=True)
@@ -152,6 +154,7 @@ class Served:
         """
         if isinstance(prompt, str):
             try:
+                self._check_length(prompt, field)
                 ids = self.tokenizer.encode(prompt, add_special_tokens=not is_rendered)
             except RequestError as error:
                 raise ApiError(400, f"{field}: {error}", param=field) from None
@@ -165,13 +168,31 @@ class Served:
         if wrong is not None:
             raise ApiError(400, f"{field}: token id {wrong} is out of range 0 to {self.vocab_size - 1}", param=field)
         if len(ids) >= self.context:
-            raise ApiError(
-                400,
-                f"{field}: the prompt has {len(ids)} tokens; the context holds {self.context}, an answer included",
-                param=field,
-                code="context_length_exceeded",
-            )
+            raise _too_long(field, str(len(ids)), self.context)
         return ids
+
+    def _check_length(self, text: str, field: str) -> None:
+        """Refuse a text that is far too long before all of it is made into tokens: that takes time and memory."""
+        count, most = 0, 1.25 * self.context  # cutting it adds a few
+        if len(text) > 2 * _PIECE:
+            for start in range(0, len(text), _PIECE):
+                count += len(self.tokenizer.encode(text[start : start + _PIECE], add_special_tokens=False))
+                if count > most:
+                    raise _too_long(field, f"more than {self.context}", self.context)
+
+    def count(self, text: str, field: str, add_special: bool = False) -> list[int]:
+        """Return the token ids of any text.
+
+        Raises:
+            ApiError: it is far longer than the model could read, or no valid Unicode; `field` is named.
+        """
+        most = max(_COUNTED, 16 * self.context)
+        if len(text) > most:
+            raise ApiError(400, f"{field}: the text has {len(text)} characters; it may have {most}", param=field)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special)
+        except RequestError as error:
+            raise ApiError(400, f"{field}: {error}", param=field) from None
 
     def params(self, body: Sampling, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """Return how tokens are chosen for a request: its own values, else the server's.
@@ -215,6 +236,11 @@ class Served:
                 )
             biases[int(key)] = value
         return biases
+
+
+def _too_long(field: str, count: str, context: int) -> ApiError:
+    said = f"{field}: the prompt has {count} tokens; the context holds {context}, an answer included"
+    return ApiError(400, said, param=field, code="context_length_exceeded")
 
 
 def _plain(message: Message) -> dict[str, Any]:

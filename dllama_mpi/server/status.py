@@ -119,16 +119,13 @@ async def tokenize(call: Call) -> Response:
 
     def encode() -> list[int]:
         if body.messages is not None:
-            return served.tokenizer.encode(served.render(body.messages, body.tools), add_special_tokens=False)
+            return served.count(served.render(body.messages, body.tools), "messages")
         assert text is not None
-        return served.tokenizer.encode(text, add_special_tokens=body.add_special)
+        return served.count(text, "content", body.add_special)
 
     if body.messages is None and text is None:
         raise ApiError(400, "content: give a text, or messages", param="content")
-    try:
-        ids = await asyncio.to_thread(encode)
-    except Exception as error:
-        raise ApiError(400, f"content: {error}", param="content") from None
+    ids = await asyncio.to_thread(encode)
     tokens: list[Any] = [*ids]
     if body.with_pieces:
         tokens = [{"id": id, "piece": served.tokenizer.token_text(id)} for id in ids]

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -28,6 +30,9 @@ END_TOKENS_IF_SPECIAL = ("</s>",)
 # An end token only beside another: "<|end|>" ends Phi's turns, but in gpt-oss (which has no "<|assistant|>") a message,
 # after which the answer goes on.
 END_TOKENS_BESIDE = {"<|end|>": "<|assistant|>"}
+
+_LONG = 1 << 14  # characters of a text that other threads need not wait for
+_HUGE = 1 << 18  # characters of texts that wait for each other: such a one takes a hundred times its size in memory
 
 
 class Tokenizer:
@@ -62,6 +67,7 @@ class Tokenizer:
         self._backend = backend
         self._rules = ByteRules.of(backend)
         self._bytes: dict[int, bytes] = {}
+        self._huge = threading.Lock()
         self.folders = tuple(folders)
         self.special_tokens = dict(special_tokens or {})
         added = backend.get_added_tokens_decoder()
@@ -128,7 +134,12 @@ class Tokenizer:
             raise RequestError(
                 f"character {error.start} of the text is {text[error.start]!a}, half a surrogate pair; send valid UTF-8"
             ) from None
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        if len(text) > _LONG:
+            with self._huge if len(text) > _HUGE else contextlib.nullcontext():
+                encoding = self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
+        else:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
         if not add_special_tokens or ids[: len(self._prefix)] == self._prefix:
             return ids
         return self._prefix + ids

@@ -158,7 +158,7 @@ def main() -> None:
     style, *keys = sys.argv[1:]
     tokenizer = load_tokenizer()
     gate = GateOptions(keys=tuple(keys), hosts=known_hosts((), "here"), body_bytes=1_000_000, body_seconds=2)
-    server = HttpServer(ServeOptions(port=0, gate=gate, header_timeout=2, drain_timeout=5))
+    server = HttpServer(ServeOptions(port=0, gate=gate, header_timeout=2, send_timeout=4, drain_timeout=5))
     server.start()
     served = Served(
         ("demo", "other"),

@@ -263,7 +263,7 @@ def test_a_reader_that_is_slow_holds_up_nobody(server: Server) -> None:
     before = aborted(server)
     connection = server.connect()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    body = chat("go on", stream=True, n=16, logprobs=True, top_logprobs=20, max_tokens=3000)
+    body = chat("go on {{1 ms}}", stream=True, n=16, logprobs=True, top_logprobs=20, max_tokens=3000)
     connection.sendall(request(json.dumps(body).encode()))
     while not server.get("/slots").json() and aborted(server) == before:  # it may be over before one looks
         time.sleep(0.01)
