@@ -122,7 +122,7 @@ def is_list(prompt: Any) -> bool:
     """Return whether a prompt is a list of some kind, not bytes."""
     if isinstance(prompt, np.ndarray):
         return prompt.ndim > 0
-    return isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray, memoryview))
+    return isinstance(prompt, Seq) and not isinstance(prompt, (bytes, bytearray, memoryview))
 
 
 def shown(value: Any) -> str:
