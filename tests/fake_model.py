@@ -42,6 +42,7 @@ class FakeRunner:
 
     def __post_init__(self) -> None:
         self.cache = np.full((self.limits.pages, self.limits.page), -1, np.int64)
+        self.near = np.full((self.limits.window_pages, self.limits.page), -1, np.int64)
         self.states: dict[int, list[int]] = {}
 
     def step(self, step: Step) -> list[np.ndarray]:
@@ -51,6 +52,8 @@ class FakeRunner:
         assert len(set(batch.owners.tolist())) == len(batch.owners)
         for source, target in batch.page_copies.tolist():
             self.cache[target] = self.cache[source]
+        for source, target in batch.window_copies.tolist():
+            self.near[target] = self.near[source]
         for source, target in batch.state_copies.tolist():
             self.states[target] = list(self.states[source])
         texts = [self._feed(batch, i) for i in range(batch.tokens)]
@@ -66,11 +69,24 @@ class FakeRunner:
         pages = batch.pages_of(slot)
         self.cache[pages[position // size], position % size] = batch.token_ids[i]
         text: list[int] = self.cache[pages[: position // size + 1]].reshape(-1)[: position + 1].tolist()
+        if self.limits.window:
+            self._feed_window(batch, i, text)
+        else:
+            assert not batch.has_windows
         if self.limits.slots:
             assert slot < self.limits.slots
             self.states[slot] = [*(self.states.get(slot, []) if position else []), int(batch.token_ids[i])]
             assert self.states[slot] == text
         return text
+
+    def _feed_window(self, batch: Any, i: int, text: list[int]) -> None:
+        """Check that layers with a window find the tokens that it sees, in the pages that their table has."""
+        slot, position, size = int(batch.slots[i]), int(batch.positions[i]), self.limits.page
+        first, pages = batch.window_of(slot)
+        self.near[pages[position // size - first], position % size] = batch.token_ids[i]
+        for seen in range(max(0, position + 1 - self.limits.window), position + 1):
+            assert seen // size >= first
+            assert self.near[pages[seen // size - first], seen % size] == text[seen]
 
     def full_logits(self, row: int) -> list[np.ndarray]:
         """Nothing is left out of the candidates of so few tokens."""
@@ -132,7 +148,7 @@ def run(engine: Engine) -> dict[int, list[Output]]:
             return outputs
         for output in engine.step():
             outputs.setdefault(output.id, []).append(output)
-        engine.scheduler.pages.check()
+        engine.scheduler.cache.check(engine.scheduler.running)
     raise AssertionError("the engine comes to no end")
 
 

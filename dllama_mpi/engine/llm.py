@@ -123,16 +123,20 @@ class LLM:
         with Placement(self.group, wanted, opened, self._weight_cache(), o.quiet) as placement:
             room = self._room(placement.origin.in_memory)
             self.max_seq_len, self.pages = room.positions, room.pages
+            # Where there is as much room for windows as for all, pages are the same for every layer.
+            self.window_pages = room.window_pages if room.window_pages < room.pages else 0
             self._model = placement.load(build)
             self.origins = placement.origins
         width = ceil_to(c.hidden_size, BLOCK)
         partial = self.group.prepare_all_reduce(tokens, width, kept.payload, o.sync)
         with self.group.together():
-            self._model.allocate(partial, Sizes(tokens, self.memory.slots, self.pages, self.kv_type))
+            sizes = Sizes(tokens, self.memory.slots, self.pages, self.kv_type, self.window_pages or None)
+            self._model.allocate(partial, sizes)
         self._runner = Runner(self._model, self.group)
         slots = self.memory.slots if c.has_state else 0
+        near = {"window": c.window, "window_pages": self.window_pages} if self.window_pages else {}
         limits = Limits(
-            o.max_batch, self.pages, o.prefill_chunk, drafts, slots, c.can_reuse, o.step_limit, o.responsive
+            o.max_batch, self.pages, o.prefill_chunk, drafts, slots, c.can_reuse, o.step_limit, o.responsive, **near
         )
         context = Context(c.vocab_size, self.max_seq_len, o.max_queue)
         self.engine = Engine(self._runner, self.group, context, limits, Lookup if self.speculates else None)

@@ -15,6 +15,7 @@ from dllama_mpi.engine import scheduler
 from dllama_mpi.engine.request import Output, Request, RequestStats, SamplingParams
 from dllama_mpi.engine.scheduler import Limits
 from dllama_mpi.errors import QueueFull, RequestError
+from dllama_mpi.kernels.layout import pages_over
 from tests.fake_model import VOCABULARY, FakeRunner, Guesser, alone, ask, engine_of, logits_after, run, tokens_of
 
 CONTEXT = 40
@@ -48,8 +49,10 @@ class Anything(RuleBasedStateMachine):
         sequences=st.integers(1, 5),
         chunk=st.integers(1, 12),
         kind=st.sampled_from(["plain", "drafts", "states", "apart"]),
+        window=st.just(0) | st.integers(1, CONTEXT),
+        more=st.integers(0, 12),
     )
-    def begin(self, pages: int, sequences: int, chunk: int, kind: str) -> None:
+    def begin(self, pages: int, sequences: int, chunk: int, kind: str, window: int, more: int) -> None:
         given = limits(
             pages=pages,
             sequences=sequences,
@@ -57,6 +60,8 @@ class Anything(RuleBasedStateMachine):
             slots=sequences + 2 if kind == "states" else 0,
             drafts=20 if kind == "drafts" else 0,
             shares=kind != "apart",
+            window=window,
+            window_pages=min(pages_over(window - 1 + chunk, 4) + more, pages) if window else 0,
         )
         self.engine, self.runner = engine_of(given, CONTEXT, drafter=Guesser if kind == "drafts" else None)
         self.requests: dict[int, Request] = {}
@@ -110,8 +115,7 @@ class Anything(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         own = self.engine.scheduler
-        own.pages.check()
-        assert own.pages.used == len({page for s in own.running for page in s.pages})
+        own.cache.check(own.running)
         assert len(own.running) <= own.limits.sequences
         assert {s.slot for s in own.running}.isdisjoint(own.slots._free)
 
@@ -122,7 +126,7 @@ class Anything(RuleBasedStateMachine):
         for outputs in run(self.engine).values():
             for output in outputs:
                 self.take(output)
-        assert self.engine.scheduler.pages.used == 0
+        assert self.engine.scheduler.pages.used == self.engine.scheduler.cache.near.used == 0
         assert self.engine.scheduler.slots.available == self.engine.scheduler.slots.count
         assert set(self.outputs) == set(self.requests)
         for request_id, request in self.requests.items():
@@ -150,7 +154,7 @@ def check_usage(usage: RequestStats | None, request: Request, found: list[int], 
 
 
 TestAnything = Anything.TestCase
-TestAnything.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestAnything.settings = settings(max_examples=250, stateful_step_count=30, deadline=None)
 
 
 # --------------------------------------------------------------------------------------------------------------------

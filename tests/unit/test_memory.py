@@ -146,5 +146,5 @@ def test_cache_and_buffers() -> None:
         assert 0 < few < many
         plan = MemoryPlan(GQA, kept, 1, sequences=3)
         each = 2 * 1 * (32 + 16) * 2 + 4  # keys, values and the token's id
-        assert plan.per_position(part) == each
+        assert plan.need(part).per_position == each
         assert sum(plan.parts(part, ["a", "b"], 10).values()) == plan.fixed(part, ["a", "b"]) + 256 * each
