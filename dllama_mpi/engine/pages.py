@@ -1,9 +1,9 @@
 """Pages of the KV cache: which holds what, who uses it, which is given away next.
 
-A page holds `PAGE` positions of every layer. What stands in it is known by its tokens and by the pages before it: each
-full page has a key, a hash over its tokens and the key of the page before, so that texts that begin alike find each
-other's pages, also while they run. A page that nobody uses keeps what it holds until another is wanted; the one that
-was used longest ago goes first.
+A page holds `PAGE` positions of every layer, or of those with or without a window (see `cache`). What stands in it is
+known by its tokens and by the pages before it: each full page has a key, a hash over its tokens and the key of the page
+before, so that texts that begin alike find each other's pages, also while they run. A page that nobody uses keeps what
+it holds until another is wanted; the one that was used longest ago goes first.
 """
 
 from __future__ import annotations
