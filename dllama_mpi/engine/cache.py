@@ -3,7 +3,8 @@
 Layers that see all positions keep them all, as do the ids of tokens. Layers that see but a window have pages of their
 own, of which a sequence holds those that its next tokens see: pages behind go back, and are remembered until another
 takes them. So a text that begins like another goes on behind the longest part of it whose pages are all there, and
-whose last ones are there for the window, too.
+whose last ones are there for the window, too. That is likely at a text's end, at the end of a prompt, and where texts
+have turned off from each other before: the pages that a window sees from there are remembered longest.
 """
 
 from __future__ import annotations
@@ -164,6 +165,7 @@ class Cache:
 
     def begin(self, s: Sequence, start: Start) -> None:
         """Give a sequence what is there of its tokens."""
+        s.turn = len(self.full(s)) if self.window else 0
         s.pages = [self.pages.share(page) for page in start.pages]
         s.near = Near(self.first(start.held), [self.near.share(page) for page in start.near])
         s.computed = s.recorded = len(s.pages) * self.size
@@ -208,18 +210,25 @@ class Cache:
             if self.window:
                 s.near.pages[at - s.near.first] = self.near.record(s.near.pages[at - s.near.first], tokens)
             s.recorded = stop
-        self.leave(s.near, s.computed)
+        self._leave(s)
 
     def _advance(self, s: Sequence, count: int) -> None:
         s.computed = s.recorded = count
-        self.leave(s.near, count)
+        self._leave(s)
 
-    def leave(self, near: Near, position: int) -> None:
-        """Give back the pages behind the window of a position."""
-        count = self.first(position) - near.first
+    def _leave(self, s: Sequence) -> None:
+        """Give back the pages behind a sequence's window."""
+        count = self.first(s.computed) - s.near.first
         if count > 0:
-            self.near.release(near.pages[:count])
-            near.first, near.pages = near.first + count, near.pages[count:]
+            self._give_back(s, count)
+            s.near = Near(s.near.first + count, s.near.pages[count:])
+
+    def _give_back(self, s: Sequence, count: int) -> None:
+        """Give back the first pages that a sequence holds for windows."""
+        # From near the end of its prompt, and where it turned off from others, further texts may go on.
+        turns = [s.prompt_length // self.size, *[s.turn] * (s.turn > 0)]
+        for at, page in enumerate(s.near.pages[:count], s.near.first):
+            self.near.release([page], not any(self.first(t * self.size) - 1 <= at <= t for t in turns))
 
     def adopt_pages(self, s: Sequence) -> None:
         """Go on behind the pages that others have computed of a sequence's tokens since it was admitted."""
@@ -234,8 +243,8 @@ class Cache:
                 shared = [self.pages.share(page) for page in pages[:count]]
                 seen = [self.near.share(page) for page in near]
                 self.pages.release(s.pages[at:])
-                self.near.release(s.near.pages)
-                s.pages[at:], s.near = shared, Near(self.first(held), seen)
+                self._give_back(s, len(s.near.pages))
+                s.pages[at:], s.near, s.turn = shared, Near(self.first(held), seen), at + count
                 s.computed = s.recorded = held
                 return
 
@@ -271,7 +280,9 @@ class Loan:
     def hold(self, start: int, stop: int) -> tuple[list[int], Near]:
         """Return the pages to feed positions [start, stop) with."""
         cache = self._cache
-        cache.leave(self.near, start)
+        count = max(0, cache.first(start) - self.near.first)
+        cache.near.release(self.near.pages[:count])
+        self.near = Near(self.near.first + count, self.near.pages[count:])
         while cache.window and self.near.end * cache.size < stop:
             self.near.pages.append(cache.near.take(ROOT))
         return self.pages, self.near

@@ -35,7 +35,8 @@ class Sequence:
         tokens: the prompt's ids, then the generated ones.
         computed: how many of them are in the KV cache. recorded: how many of those its pages are known to hold.
         slot, pages, near: what it has while it runs. keys: of its first 0, 1, 2 ... pages, see `pages`.
-        saves: positions at which its state is worth keeping. joined: prompt tokens the scheduler had fed when it began.
+        saves: positions at which its state is worth keeping. turn: pages that others had computed before.
+        joined: prompt tokens the scheduler had fed when it began.
         finish_reason: see `Output`, or None while it runs.
     """
 
@@ -52,6 +53,7 @@ class Sequence:
     near: Near = field(default_factory=Near)
     keys: list[bytes] = field(default_factory=lambda: [ROOT])
     saves: frozenset[int] = frozenset()
+    turn: int = 0
     joined: int = 0
     finish_reason: str | None = None
     stop_id: int | None = None

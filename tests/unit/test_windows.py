@@ -204,6 +204,25 @@ def test_pages_of_windows_that_were_used_longest_ago_go_first() -> None:
     assert engine.scheduler.cache.pages.cached > 20
 
 
+def test_the_ends_of_texts_are_remembered_longest() -> None:
+    """Of a long text's pages those that it passes go first, and those of other texts' ends stay."""
+    engine, runner = engine_of(limits(pages=120, window_pages=16), context=120)
+    texts = [[i] * 32 for i in range(2)]
+    for text in texts:
+        fed(engine, runner, ask(text, max_tokens=1))
+    long = [i % 7 for i in range(100)]
+    fed(engine, runner, ask(long, max_tokens=15))
+    assert [fed(engine, runner, ask([*text, 9], max_tokens=1)) for text in texts] == [1, 1]
+    assert fed(engine, runner, ask([*long[:96], 9], max_tokens=1)) == 1  # near the end of its prompt
+
+
+def test_where_texts_turn_off_is_remembered() -> None:
+    engine, runner = engine_of(limits(pages=200, window_pages=12), context=120)
+    beginning = [i * i % 11 for i in range(40)]
+    counts = [fed(engine, runner, ask([*beginning, *[i] * 50], max_tokens=1)) for i in range(4)]
+    assert counts == [90, 90, 50, 50]
+
+
 def test_who_cannot_get_pages_of_windows_waits() -> None:
     engine, _ = engine_of(limits(window_pages=6, shares=False), context=120)
     ids = [engine.add(ask([i] * 30, max_tokens=2)) for i in range(2)]
