@@ -12,6 +12,7 @@ from hashlib import blake2b
 from typing import Any
 
 import numpy as np
+import pytest
 
 from dllama_mpi.engine.candidates import local_best, merge
 from dllama_mpi.engine.engine import Context, Engine
@@ -49,6 +50,7 @@ class FakeRunner:
 
     def __post_init__(self) -> None:
         self.cache = np.full((self.limits.pages, self.limits.page), -1, np.int64)
+        self.near = np.full((self.limits.window_pages, self.limits.page), -1, np.int64)
         self.states: dict[int, list[int]] = {}
 
     def step(self, step: Step) -> list[np.ndarray]:
@@ -58,6 +60,8 @@ class FakeRunner:
         assert len(set(batch.owners.tolist())) == len(batch.owners)
         for source, target in batch.page_copies.tolist():
             self.cache[target] = self.cache[source]
+        for source, target in batch.window_copies.tolist():
+            self.near[target] = self.near[source]
         for source, target in batch.state_copies.tolist():
             self.states[target] = list(self.states[source])
         texts = [self._feed(batch, i) for i in range(batch.tokens)]
@@ -77,11 +81,24 @@ class FakeRunner:
         pages = batch.pages_of(slot)
         self.cache[pages[position // size], position % size] = batch.token_ids[i]
         text: list[int] = self.cache[pages[: position // size + 1]].reshape(-1)[: position + 1].tolist()
+        if self.limits.window:
+            self._feed_window(batch, i, text)
+        else:
+            assert not batch.has_windows
         if self.limits.slots:
             assert slot < self.limits.slots
             self.states[slot] = [*(self.states.get(slot, []) if position else []), int(batch.token_ids[i])]
             assert self.states[slot] == text
         return text
+
+    def _feed_window(self, batch: Any, i: int, text: list[int]) -> None:
+        """Check that layers with a window find the tokens that it sees, in the pages that their table has."""
+        slot, position, size = int(batch.slots[i]), int(batch.positions[i]), self.limits.page
+        first, pages = batch.window_of(slot)
+        self.near[pages[position // size - first], position % size] = batch.token_ids[i]
+        for seen in range(max(0, position + 1 - self.limits.window), position + 1):
+            assert seen // size >= first
+            assert self.near[pages[seen // size - first], seen % size] == text[seen]
 
     def full_logits(self, row: int) -> list[np.ndarray]:
         """Nothing is left out of the candidates of so few tokens."""
@@ -148,10 +165,43 @@ def run(engine: Engine) -> dict[int, list[Output]]:
             return outputs
         for output in engine.step():
             outputs.setdefault(output.id, []).append(output)
-        engine.scheduler.pages.check()
+        engine.scheduler.cache.check(engine.scheduler.running)
     raise AssertionError("the engine comes to no end")
 
 
 def tokens_of(outputs: list[Output]) -> list[int]:
     """Return the tokens of a request's outputs."""
     return [token for output in outputs for token in output.token_ids]
+
+
+def pooled(prompt: list[int], pooling: str) -> Request:
+    """Return a request for a prompt's hidden states."""
+    return Request(tuple(prompt), SamplingParams(temperature=0.0), pooling=pooling)
+
+
+def check_scores(prompt: list[int], count: int, outputs: list[Output]) -> None:
+    """Check the log-probabilities of a prompt's tokens."""
+    told = [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
+    assert len(told) == 1
+    assert len(told[0]) == len(prompt) - 1
+    for i, found in enumerate(told[0]):
+        logits = logits_after(prompt[: i + 1]).astype(np.float64)
+        ref = logits - np.logaddexp.reduce(logits)
+        assert found.logprob == pytest.approx(ref[prompt[i + 1]], abs=1e-5)
+        best = np.argsort(-ref, kind="stable")[:count].tolist()
+        assert [token for token, _ in found.top] == best
+        assert [value for _, value in found.top] == pytest.approx(ref[best], abs=1e-5)
+
+
+def check_hidden(prompt: list[int], pooling: str, outputs: list[Output]) -> None:
+    """Check what came of a request for hidden states."""
+    states = [state_after(prompt[: i + 1]) for i in range(len(prompt))]
+    wanted = np.mean(states, axis=0) if pooling == "mean" else states[-1]
+    (output,) = outputs
+    assert output.finish_reason == "stop"
+    assert output.token_ids == ()
+    assert output.hidden is not None
+    assert output.hidden.dtype == np.float32
+    assert output.hidden.tolist() == pytest.approx(wanted.tolist())
+    assert output.usage is not None
+    assert (output.usage.prompt_tokens, output.usage.output_tokens) == (len(prompt), 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dllama_mpi.model.config import (
     AttentionConfig,
     DeltaNetConfig,
@@ -25,6 +27,8 @@ def model(hidden: int, vocab: int, *layers: LayerConfig) -> ModelConfig:
 
 DENSE = model(256, 2048, *[LayerConfig(ATTENTION, MLPConfig(768))] * 4)
 SPARSE = model(256, 2048, LayerConfig(ATTENTION, MLPConfig(768)), *[LayerConfig(ATTENTION, EXPERTS)] * 3)
+_NEAR = replace(ATTENTION, window=40)
+WINDOWS = model(256, 2048, *[LayerConfig(_NEAR, MLPConfig(768)), LayerConfig(ATTENTION, MLPConfig(768))] * 2)
 _GATED = AttentionConfig(4, 2, 32, ROPE, 32**-0.5, gate=True)
 _DELTA = DeltaNetConfig(2, 4, 32, 32, 4)
 HYBRID = model(64, 160, *[LayerConfig(_DELTA, MLPConfig(96))] * 3, LayerConfig(_GATED, MLPConfig(96)))

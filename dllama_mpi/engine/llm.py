@@ -73,7 +73,7 @@ class LLM:
         with self.group.together():
             o.check()
             self.group.watchdog.timeout = o.timeout
-            opened = self._open() if self.group.is_root or o.model.startswith(RANDOM) else None
+            opened = open_model(o.model) if self.group.is_root or o.model.startswith(RANDOM) else None
             self._tokenizer: Tokenizer | None = self._load_tokenizer() if self.group.is_root else None
         self.config: ModelConfig
         self.config, manifest = self._agree(opened)
@@ -105,17 +105,22 @@ class LLM:
         with Placement(self.group, wanted, opened, self._weight_cache(), o.quiet) as placement:
             room = self._room(placement.origin.in_memory)
             self.max_seq_len, self.pages = room.positions, room.pages
+            # Where there is as much room for windows as for all, pages are the same for every layer.
+            self.window_pages = room.window_pages if room.window_pages < room.pages else 0
             self._model = placement.load(build)
             self.origins = placement.origins
         width = ceil_to(c.hidden_size, BLOCK)
         partial = self.group.prepare_all_reduce(tokens, width, kept.payload, o.sync)
         with self.group.together():
-            self._model.allocate(partial, Sizes(tokens, self.memory.slots, self.pages, self.kv_type))
+            sizes = Sizes(tokens, self.memory.slots, self.pages, self.kv_type, self.window_pages or None)
+            self._model.allocate(partial, sizes)
         self._runner = Runner(self._model, self.group)
         slots = self.memory.slots if c.has_state else 0
+        window = c.window if self.window_pages else 0
         self._limits = Limits(
-            o.max_batch, self.pages, o.prefill_chunk, drafts, slots, c.can_reuse, o.step_limit, o.responsive
-        )
+            o.max_batch, self.pages, o.prefill_chunk, drafts, slots, c.can_reuse, o.step_limit, o.responsive,
+            window=window, window_pages=self.window_pages,
+        )  # fmt: skip
         self.engine = self._new_engine()
         self._in_session = False
         self._active: list[int] = []  # the requests of the call that is being made
@@ -150,10 +155,6 @@ class LLM:
         if given is None and not any((self.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
             return None  # token ids alone need none
         return Tokenizer.load(self.folder, Path(given) if given is not None else None)
-
-    def _open(self) -> ModelFiles:
-        """Return what has been opened."""
-        return open_model(self.options.model)
 
     def _agree(self, opened: ModelFiles | None) -> tuple[ModelConfig, Manifest]:
         """Return the root's config, and what slices of its model are made of, on every rank. Collective."""

@@ -1,9 +1,9 @@
 """Pages of the KV cache: which holds what, who uses it, which is given away next.
 
-A page holds `PAGE` positions of every layer. What stands in it is known by its tokens and by the pages before it: each
-full page has a key, a hash over its tokens and the key of the page before, so that texts that begin alike find each
-other's pages, also while they run. A page that nobody uses keeps what it holds until another is wanted; the one that
-was used longest ago goes first.
+A page holds `PAGE` positions of every layer, or of those with or without a window (see `cache`). What stands in it is
+known by its tokens and by the pages before it: each full page has a key, a hash over its tokens and the key of the page
+before, so that texts that begin alike find each other's pages, also while they run. A page that nobody uses keeps what
+it holds until another is wanted; the one that was used longest ago goes first.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ class Pages:
         self._users = [0] * count
         self._free = list(range(count))[::-1]
         self._idle: OrderedDict[int, None] = OrderedDict()  # used by nobody, but they hold something; oldest first
+        self._passing: OrderedDict[int, None] = OrderedDict()  # the same, of less use: these go before the others
         self._content: dict[int, _Content] = {}
         self._full: dict[bytes, int] = {}
         self._after: dict[bytes, dict[int, None]] = {}  # the pages that follow a key, in the order they were begun
@@ -59,12 +60,12 @@ class Pages:
     @property
     def available(self) -> int:
         """Pages that can be taken."""
-        return len(self._free) + len(self._idle)
+        return len(self._free) + self.cached
 
     @property
     def cached(self) -> int:
         """Pages that nobody uses, but that hold something."""
-        return len(self._idle)
+        return len(self._idle) + len(self._passing)
 
     @property
     def used(self) -> int:
@@ -86,7 +87,7 @@ class Pages:
         if self._free:
             page = self._free.pop()
         else:
-            page, _ = self._idle.popitem(last=False)
+            page, _ = (self._passing or self._idle).popitem(last=False)
             self._forget(page)
         self._users[page] = 1
         if self.shares:
@@ -98,17 +99,21 @@ class Pages:
         """Return a page that one more sequence uses from now on."""
         self._users[page] += 1
         self._idle.pop(page, None)
+        self._passing.pop(page, None)
         return page
 
-    def release(self, pages: Sequence[int]) -> None:
-        """Give back a sequence's pages, in the order of its positions: the last go before those that begin alike."""
+    def release(self, pages: Sequence[int], passing: bool = False) -> None:
+        """Give back a sequence's pages, in the order of its positions: the last go before those that begin alike.
+
+        passing: whether it is unlikely that they are of use again.
+        """
         for page in reversed(pages):
             self._users[page] -= 1
             if self._users[page]:
                 continue
             content = self._content.get(page)
             if content is not None and content.tokens and (content.key or len(content.tokens) < self.size):
-                self._idle[page] = None
+                (self._passing if passing else self._idle)[page] = None
             else:
                 self._forget(page)
                 self._free.append(page)
@@ -125,10 +130,11 @@ class Pages:
 
     def forget(self) -> None:
         """Forget what pages hold that nobody uses."""
-        for page in self._idle:
-            self._forget(page)
-        self._free += self._idle
-        self._idle.clear()
+        for pages in (self._idle, self._passing):
+            for page in pages:
+                self._forget(page)
+            self._free += pages
+            pages.clear()
 
     # ---- what they hold
 
@@ -167,7 +173,8 @@ class Pages:
 
     def check(self) -> None:
         """Raise an AssertionError if the books do not balance; for tests."""
-        idle, free = set(self._idle), set(self._free)
+        idle, free = {*self._idle, *self._passing}, set(self._free)
+        assert len(idle) == self.cached
         assert len(free) == len(self._free)
         assert not idle & free
         assert {page for page in range(self.count) if not self._users[page]} == idle | free

@@ -10,15 +10,15 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ..errors import RequestError
 from ..kernels.layout import PAGE
 from ..model.batch import Batch
 from ..startup.options import MAX_STEP_MS
 from .budget import Budget
+from .cache import Cache, Copies, Start
 from .lookup import MOST_DRAFTS, DraftCost
-from .pages import ROOT, Pages, chain, common
+from .pages import Pages, common
 from .plan import Packing, Plan
 from .sequence import Sequence
 from .states import Checkpoint, Slots
@@ -36,6 +36,8 @@ class Limits:
         slots: places for states, checkpoints included; 0: the model has none.
         shares: whether sequences use what others have computed.
         max_step_ms, responsive: see `Options`. page: positions of a page.
+        window: positions that layers with a window see; 0: the model has none, or they have no pages of their own.
+        window_pages: of these layers.
     """
 
     sequences: int
@@ -47,15 +49,8 @@ class Limits:
     max_step_ms: float = MAX_STEP_MS
     responsive: bool = False
     page: int = PAGE
-
-
-class _Start(NamedTuple):
-    """Where a sequence can begin: pages to share, one to copy (or -1), tokens that these hold, and a state (or -1)."""
-
-    pages: list[int]
-    source: int
-    held: int
-    slot: int = -1
+    window: int = 0
+    window_pages: int = 0
 
 
 class Scheduler:
@@ -70,6 +65,8 @@ class Scheduler:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.pages = Pages(limits.pages, limits.shares, limits.page)
+        near = Pages(limits.window_pages, limits.shares, limits.page)
+        self.cache = Cache(self.pages, near, limits.window, limits.chunk)
         self.slots = Slots(limits.slots or limits.sequences)
         self.budget = Budget(limits.chunk, limits.max_step_ms / 1e3, limits.responsive)
         self.draft_cost = DraftCost()
@@ -77,8 +74,6 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = self.cached_tokens = 0
         self._fed = 0  # prompt tokens in all steps
-        self._page_copies: list[tuple[int, int]] = []
-        self._state_copies: list[tuple[int, int]] = []
 
     # ---- coming and going
 
@@ -98,23 +93,19 @@ class Scheduler:
         for sequence in list(self.running):
             sequence.computed = sequence.recorded = 0
             self._release(sequence)
-        self.waiting, self._page_copies, self._state_copies = [], [], []
+        self.waiting, self.cache.copies = [], Copies()
         self.forget()
 
     def forget(self) -> None:
         """Forget what finished sequences have left."""
-        self.pages.forget()
+        self.cache.forget()
         self.slots.forget()
 
     def settle(self, plan: Plan) -> None:
         """Note what the pages hold, once the step's tokens have been taken."""
-        size = self.pages.size
         for s, _ in plan.fed:
             s.computed = min(s.computed, len(s.tokens))
-            while s.recorded < s.computed:
-                at, stop = s.recorded // size, min(s.computed, (s.recorded // size + 1) * size)
-                s.pages[at] = self.pages.record(s.pages[at], s.tokens[s.recorded : stop])
-                s.recorded = stop
+            self.cache.record(s)
 
     def _release(self, s: Sequence) -> None:
         """Take all that a running sequence holds."""
@@ -122,11 +113,11 @@ class Scheduler:
         if self.limits.slots and self.limits.shares and s.recorded:
             at = s.recorded // self.pages.size
             rest = tuple(s.tokens[at * self.pages.size : s.recorded])
-            self.slots.keep(s.slot, Checkpoint(self._key(s, at), rest))
+            self.slots.keep(s.slot, Checkpoint(self.cache.key(s, at), rest))
         else:
             self.slots.free(s.slot)
-        self.pages.release(s.pages)
-        s.pages, s.slot = [], -1
+        self.cache.release(s)
+        s.slot = -1
 
     def batches(self, token_ids: list[int]) -> Iterator[Batch]:
         """Yield the batches that feed a text by itself, all of its logits wanted, in memory that is free for now.
@@ -134,62 +125,46 @@ class Scheduler:
         Raises:
             RequestError: running sequences hold that memory.
         """
-        count = self.pages.needed(len(token_ids))
-        if self.pages.available < count or len(self.running) >= self.limits.sequences:
+        loan = self.cache.lend(len(token_ids)) if len(self.running) < self.limits.sequences else None
+        if loan is None:
             raise RequestError("running requests hold the memory that this needs; try again later")
-        slot, pages = self.slots.take(), [self.pages.take(ROOT) for _ in range(count)]
+        slot = self.slots.take()
         try:
             for start in range(0, len(token_ids), self.limits.chunk):
                 part = token_ids[start : start + self.limits.chunk]
                 positions, n = range(start, start + len(part)), len(part)
                 columns = (part, positions, [slot] * n, [len(token_ids)] * n)
-                yield Batch.of(columns, range(n), {slot: pages}, *self._take_copies())
+                yield self.cache.batch(columns, range(n), {slot: loan.hold(start, start + n)})
         finally:
-            self.pages.release(pages)
+            loan.end()
             self.slots.free(slot)
-
-    def _take_copies(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        copies = self._page_copies, self._state_copies
-        self._page_copies, self._state_copies = [], []
-        return copies
 
     # ---- what is there already
 
-    def _key(self, s: Sequence, pages: int) -> bytes:
-        """Return the key of a sequence's first pages."""
-        size = self.pages.size
-        while len(s.keys) <= pages:
-            at = len(s.keys) - 1
-            s.keys.append(chain(s.keys[at], s.tokens[at * size : (at + 1) * size]))
-        return s.keys[pages]
-
-    def _find(self, s: Sequence) -> _Start:
+    def _find(self, s: Sequence) -> Start:
         """Return what is there of a waiting sequence's tokens; the last must be fed, for its logits."""
         if not self.limits.shares or s.reads_all:
-            return _Start([], -1, 0)
-        size, most = self.pages.size, len(s.tokens) - 1
-        pages: list[int] = []
-        while (len(pages) + 1) * size <= most and (page := self.pages.full(self._key(s, len(pages) + 1))) is not None:
-            pages.append(page)
+            return Start([], -1, 0, [])
         if self.limits.slots:
-            return self._find_state(s, pages)
-        done = len(pages) * size
-        source, count = self.pages.best(self._key(s, len(pages)), s.tokens[done : min(done + size, most)])
-        return _Start(pages, source, done + count) if count >= LEAST_COPIED else _Start(pages, -1, done)
+            return self._find_state(s, self.cache.full(s))
+        return self.cache.find(s, LEAST_COPIED)
 
-    def _find_state(self, s: Sequence, pages: list[int]) -> _Start:
+    def _find_state(self, s: Sequence, pages: list[int]) -> Start:
         """Return the furthest state from which a sequence can go on; note where its own should be kept.
 
         That is where it turns off from what others have computed, and at the last full page of its tokens.
         """
         size, most = self.pages.size, len(s.tokens) - 1
-        found = _Start([], -1, 0)
+        found = Start([], -1, 0, [])
         for at in range(len(pages), -1, -1):
             first = at * size
-            slot, count = self.slots.best(self._key(s, at), s.tokens[first : min(first + size, most)])
-            source, held = self.pages.best(self._key(s, at), s.tokens[first : first + count]) if count > 0 else (-1, 0)
-            if slot >= 0 and held >= count and first + count > 0:
-                found = _Start(pages[:at], source, first + count, slot)
+            slot, count = self.slots.best(self.cache.key(s, at), s.tokens[first : min(first + size, most)])
+            if slot < 0 or first + count == 0:
+                continue
+            source, near_source, held = self.cache.part(s, at, first + count)
+            near = self.cache.seen(s, at, first + count)
+            if held >= count and near is not None:
+                found = Start(pages[:at], source, first + count, near, near_source, slot)
                 break
         s.saves = frozenset(p for p in (len(pages) * size, most // size * size) if p > found.held)
         return found
@@ -200,41 +175,23 @@ class Scheduler:
         while self.waiting and len(self.running) < self.limits.sequences:
             s = self.waiting[0]
             start = self._find(s)
-            promised = sum(max(0, self._needed(r) - len(r.pages)) for r in self.running)
-            idle = sum(self.pages.is_idle(page) for page in start.pages)
-            if self.pages.available - idle - promised < self._needed(s) - len(start.pages):
+            if not self.cache.fits(s, start, self.running):
                 return
             self.waiting.pop(0)
             self._begin(s, start)
 
-    def _needed(self, s: Sequence) -> int:
-        return self.pages.needed(min(s.limit, len(s.tokens) + 1))
-
-    def _begin(self, s: Sequence, start: _Start) -> None:
+    def _begin(self, s: Sequence, start: Start) -> None:
         """Give a sequence its slot, and what is there of its tokens."""
         if start.slot >= 0 and not self.slots.has_free:
             s.slot = self.slots.take_over(start.slot)
         else:
             s.slot = self.slots.take()
             if start.slot >= 0:
-                self._state_copies.append((start.slot, s.slot))
-        s.pages = [self.pages.share(page) for page in start.pages]
-        s.computed = s.recorded = len(s.pages) * self.pages.size
-        if start.source >= 0:
-            self._copy(s, start.source, start.held)
+                self.cache.copies.states.append((start.slot, s.slot))
+        self.cache.begin(s, start)
         s.joined = self._fed
         self._count_cached(s, s.computed)
         insort(self.running, s, key=lambda r: r.rank)
-
-    def _copy(self, s: Sequence, source: int, count: int) -> None:
-        """Copy a page to where a sequence goes on, of which it holds the tokens up to `count`."""
-        at = s.computed // self.pages.size
-        if len(s.pages) == at:
-            s.pages.append(self.pages.take(self._key(s, at)))
-        if s.pages[at] != source:  # a page that was the last to be had holds it already
-            self._page_copies.append((source, s.pages[at]))
-        s.pages[at] = self.pages.record(s.pages[at], s.tokens[s.computed : count])
-        s.computed = s.recorded = count
 
     # ---- packing
 
@@ -251,9 +208,9 @@ class Scheduler:
 
     def _plan(self, packing: Packing) -> Plan:
         self._fed += packing.prompt
-        tables = {s.slot: s.pages for s, _ in packing.fed}
+        held = {s.slot: (s.pages, s.near) for s, _ in packing.fed}
         rows = [*packing.rows, *(row for row, _ in (*packing.scored, *packing.pooled))]
-        batch = Batch.of(packing.columns, rows, tables, *self._take_copies())
+        batch = self.cache.batch(packing.columns, rows, held)
         scored, pooled = (tuple(s for _, s in each) for each in (packing.scored, packing.pooled))
         fed, drafts = tuple(packing.fed), tuple(packing.drafts)
         return Plan(batch, packing.wanted, fed, drafts, packing.prompt, packing.generating, scored, pooled)
@@ -282,10 +239,10 @@ class Scheduler:
             if s.computed in s.saves:
                 self._save(s)
         elif self.limits.shares and not s.reads_all:
-            self._adopt_pages(s)
+            self._adopt(s, 0)
             if any(self._is_ahead(other, s, packing) for other in self.running):
                 return 0
-            self._adopt_part(s)
+            self._adopt(s, LEAST_COPIED)
         most = min([s.left, budget, *(p - s.computed for p in s.saves if p > s.computed)])
         count = self._room(s, s.computed + most, packing) - s.computed
         if count <= 0:
@@ -296,40 +253,27 @@ class Scheduler:
     def _draft(self, s: Sequence, most: int) -> list[int]:
         if s.lookup is None:
             return []
-        here = len(s.pages) * self.pages.size - len(s.tokens)  # a page is not taken for drafts
+        here = self.cache.room(s) - len(s.tokens)  # a page is not taken for drafts
         most = min(MOST_DRAFTS, most, here, s.limit - len(s.tokens) - 1)  # one more token comes in any case
         # The step serves all running sequences: to each it costs its part of the whole.
         return s.lookup.propose(s.tokens, most, self.draft_cost.share * len(self.running)) if most > 0 else []
 
     def _save(self, s: Sequence) -> None:
         """Keep a copy of a sequence's state as it is."""
-        what = Checkpoint(self._key(s, s.computed // self.pages.size))
+        what = Checkpoint(self.cache.key(s, s.computed // self.pages.size))
         s.saves -= {s.computed}
         if not self.slots.has(what):
             slot = self.slots.take()
-            self._state_copies.append((s.slot, slot))
+            self.cache.copies.states.append((s.slot, slot))
             self.slots.keep(slot, what)
 
-    def _adopt_pages(self, s: Sequence) -> None:
-        """Go on behind the pages that others have computed of a sequence's tokens since it was admitted."""
-        size, most, before = self.pages.size, len(s.tokens) - 1, s.computed
-        while s.computed % size == 0 and s.computed + size <= most:
-            at = s.computed // size
-            page = self.pages.full(self._key(s, at + 1))
-            if page is None:
-                break
-            self.pages.release(s.pages[at:])
-            s.pages[at:] = [self.pages.share(page)]
-            s.computed = s.recorded = s.computed + size
-        self._count_cached(s, s.computed - before)
-
-    def _adopt_part(self, s: Sequence) -> None:
-        """Go on behind the part of a page that others have computed."""
-        size, most, before = self.pages.size, len(s.tokens) - 1, s.computed
-        at, first = s.computed // size, s.computed // size * size
-        source, count = self.pages.best(self._key(s, at), s.tokens[first : min(first + size, most)])
-        if first + count - s.computed >= LEAST_COPIED and (len(s.pages) > at or self.pages.available):
-            self._copy(s, source, first + count)
+    def _adopt(self, s: Sequence, part: int) -> None:
+        """Go on behind what others have computed since: whole pages, or part of one if that has so many tokens."""
+        before = s.computed
+        if part:
+            self.cache.adopt_part(s, part)
+        else:
+            self.cache.adopt_pages(s)
         self._count_cached(s, s.computed - before)
 
     def _count_cached(self, s: Sequence, tokens: int) -> None:
@@ -341,7 +285,9 @@ class Scheduler:
         """Return whether another sequence is computing what this one needs next."""
         size, at = self.pages.size, s.computed // self.pages.size
         leads = other.computed > s.computed or (other.computed == s.computed and other in packing.granted)
-        if other is s or not leads or other.computed // size != at or self._key(other, at) != self._key(s, at):
+        if other is s or not leads or other.computed // size != at:
+            return False
+        if self.cache.key(other, at) != self.cache.key(s, at):
             return False
         first, last = at * size, min((at + 1) * size, len(s.tokens) - 1)
         end = first + common(s.tokens[first:last], other.tokens[first : first + size])
@@ -351,11 +297,11 @@ class Scheduler:
 
     def _room(self, s: Sequence, positions: int, packing: Packing) -> int:
         """Take pages for a sequence's first positions, as far as there are any; return for how many there are."""
-        while len(s.pages) * self.pages.size < positions:
-            if not self.pages.available and not self._preempt(s, packing):
+        while self.cache.room(s) < positions:
+            if not self.cache.can_grow(s) and not self._preempt(s, packing):
                 break
-            s.pages.append(self.pages.take(self._key(s, len(s.pages))))
-        return min(positions, len(s.pages) * self.pages.size)
+            self.cache.grow(s)
+        return min(positions, self.cache.room(s))
 
     def _preempt(self, s: Sequence, packing: Packing) -> bool:
         """Have a sequence give up its pages, younger than the one that needs some; return whether there are any now.
@@ -371,4 +317,4 @@ class Scheduler:
         victim.preempted += 1
         self.preemptions += 1
         self.add(victim)
-        return victim is not s and (self.pages.available > 0 or self._preempt(s, packing))
+        return victim is not s and (self.cache.can_grow(s) or self._preempt(s, packing))

@@ -12,6 +12,19 @@ from .pages import ROOT
 from .request import Output, Request, RequestStats, SamplingParams, TokenLogprobs
 
 
+@dataclass
+class Near:
+    """A text's pages of layers with a window: those from its page `first` on, as far as it has any."""
+
+    first: int = 0
+    pages: list[int] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        """The page behind the last."""
+        return self.first + len(self.pages)
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request's state on the root.
@@ -21,8 +34,9 @@ class Sequence:
         lookup: what drafts its next tokens; None for no speculation.
         tokens: the prompt's ids, then the generated ones.
         computed: how many of them are in the KV cache. recorded: how many of those its pages are known to hold.
-        slot, pages: what it has while it runs. keys: of its first 0, 1, 2 ... pages, see `pages`.
-        saves: positions at which its state is worth keeping. joined: prompt tokens the scheduler had fed when it began.
+        slot, pages, near: what it has while it runs. keys: of its first 0, 1, 2 ... pages, see `pages`.
+        saves: positions at which its state is worth keeping. turn: pages that others had computed before.
+        joined: prompt tokens the scheduler had fed when it began.
         told: tokens of the prompt of which the request has what it wants to know, see `wanted_of`.
         finish_reason: see `Output`, or None while it runs.
     """
@@ -38,8 +52,10 @@ class Sequence:
     recorded: int = 0
     slot: int = -1
     pages: list[int] = field(default_factory=list)
+    near: Near = field(default_factory=Near)
     keys: list[bytes] = field(default_factory=lambda: [ROOT])
     saves: frozenset[int] = frozenset()
+    turn: int = 0
     joined: int = 0
     told: int = 0
     finish_reason: str | None = None

@@ -53,6 +53,11 @@ def aligned_empty(shape: tuple[int, ...], dtype: type = np.uint8) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def pages_over(positions: int, size: int = PAGE) -> int:
+    """Return the most pages in which so many consecutive positions can lie."""
+    return min(positions, (positions - 2) // size + 2)
+
+
 @dataclass(frozen=True)
 class TileFormat:
     """A way to store 16 x 32 weights.

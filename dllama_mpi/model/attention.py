@@ -122,7 +122,7 @@ def _gate(attended, column, projected, gate_start, n, tokens):
 def attend(w, layer, x, step, cache, scratch, exchange, out, threads):
     """Write this rank's term of a layer's attention into out (tokens, hidden), and fill the KV cache.
 
-    x: the normalised input. step: see `model.forward.Step`. cache: the layer's, see `KVLayer`.
+    x: the normalised input. step: see `model.forward.Step`, with the layer's tables. cache: the layer's, see `KVLayer`.
     """
     tokens, projected, attended, heads = out.shape[0], scratch.projected, scratch.attended, w.heads
     call(project, (w.qkv, layer, x, projected, tokens, threads))

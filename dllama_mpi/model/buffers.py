@@ -85,12 +85,14 @@ class Sizes:
 
     Attributes:
         tokens: most in a step. slots: sequences at once, and checkpoints of states. pages: of the KV cache.
+        window_pages: of layers with a window; None: they have no pages of their own, but as many as all others.
     """
 
     tokens: int
     slots: int
     pages: int
     kv_type: str
+    window_pages: int | None = None
 
 
 class Buffers:
@@ -180,7 +182,8 @@ class Buffers:
         """Return the KV cache or the states of a segment."""
         mixer, layers, slots = run.layer.mixer, len(run.layers), self.sizes.slots
         if isinstance(mixer, AttentionConfig):
-            return self._kv(mixer, layers, make)
+            mixers = [self.config.layers[i].mixer for i in run.layers]
+            return self._kv(mixer, [isinstance(m, AttentionConfig) and m.window > 0 for m in mixers], make)
         specs, shard = self._specs(run), self.shard
         if isinstance(mixer, DeltaNetConfig):
             names = [f"linear_attn.{which}_proj.weight" for which in "qkv"]
@@ -192,18 +195,22 @@ class Buffers:
         width = tile_columns(specs["conv.b_proj.weight"], shard)
         return ShortConvMemory(make.lazy(layers, slots, mixer.kernel - 1, width))
 
-    def _kv(self, mixer: AttentionConfig, layers: int, make: Maker) -> KVMemory:
+    def _kv(self, mixer: AttentionConfig, windowed: list[bool], make: Maker) -> KVMemory:
         # Zeros: what is not written yet is multiplied by zero, and must be a number.
         dim, kv_type, quantised = mixer.head_dim, self.sizes.kv_type, self.sizes.kv_type == "q80"
         heads = self.shard.units(kv_axis(mixer))
-        rows, width = PAGE, ceil_to(dim, BLOCK)
-        every, element = (layers, self.sizes.pages, heads[1] - heads[0]), KV_TYPES[kv_type]
+        rows, width, sizes = PAGE, ceil_to(dim, BLOCK), self.sizes
+        near = sizes.pages if sizes.window_pages is None else sizes.window_pages
+        pages = sum(near if each else sizes.pages for each in windowed)
+        every, element = (pages, heads[1] - heads[0]), KV_TYPES[kv_type]
         return KVMemory(
             marker=np.empty(0, np.uint16 if kv_type == "f16" else np.float32),
             keys=make.lazy(*every, rows // ROWS, width, ROWS, dtype=element),
             key_scales=make.lazy(*every, rows // ROWS, width // BLOCK, ROWS * quantised, dtype=np.uint16),
             values=make.lazy(*every, ceil_div(dim, ROWS), rows, ROWS, dtype=element),
             value_scales=make.lazy(*every, width // BLOCK, rows * quantised, dtype=np.uint16),
+            pages=sizes.pages,
+            window_pages=near,
         )
 
     def token_ids(self, make: Maker) -> Any:
@@ -246,14 +253,18 @@ def memory_bytes(config: ModelConfig, shard: Shard, kv_type: str) -> tuple[int, 
     """Return the bytes that one sequence takes whatever its length, and those of each position of the KV cache."""
 
     def total(slots: int, pages: int) -> int:
-        formats = WeightRecipe.parse(DEFAULT).formats(config)  # they do not matter
-        return Buffers(config, shard, formats, Sizes(1, slots, pages, kv_type)).memory_bytes()
+        return _of(config, shard, Sizes(1, slots, pages, kv_type)).memory_bytes()
 
     return total(1, 0), total(0, 1) // PAGE
 
 
-def position_bytes(config: ModelConfig, shard: Shard, kv_type: str) -> int:
-    """Return the bytes that a position takes in all, its token's id included."""
+def position_bytes(config: ModelConfig, shard: Shard, kv_type: str) -> tuple[int, int]:
+    """Return the bytes that a position takes in layers that see all, its token's id included, and in the others."""
     make = Counter()
-    Buffers(config, shard, WeightRecipe.parse(DEFAULT).formats(config), Sizes(1, 0, 1, kv_type)).token_ids(make)
-    return memory_bytes(config, shard, kv_type)[1] + make.bytes // PAGE
+    far, near = (_of(config, shard, Sizes(1, 0, pages, kv_type, 1 - pages)) for pages in (1, 0))
+    far.token_ids(make)
+    return (far.memory_bytes() + make.bytes) // PAGE, near.memory_bytes() // PAGE
+
+
+def _of(config: ModelConfig, shard: Shard, sizes: Sizes) -> Buffers:
+    return Buffers(config, shard, WeightRecipe.parse(DEFAULT).formats(config), sizes)  # formats do not matter

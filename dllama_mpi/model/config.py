@@ -156,6 +156,11 @@ class ModelConfig:
         return [layer.mixer for layer in self.layers if isinstance(layer.mixer, AttentionConfig)]
 
     @property
+    def window(self) -> int:
+        """The most positions that a layer with a window sees; 0: no layer has one."""
+        return max((attention.window for attention in self.attentions), default=0)
+
+    @property
     def ropes(self) -> list[RopeConfig]:
         """The different rotations, in the order of their first layers."""
         return list(dict.fromkeys(attention.rope for attention in self.attentions))

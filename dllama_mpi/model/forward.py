@@ -33,7 +33,8 @@ class Step(NamedTuple):
 
     Attributes:
         slots, positions: (tokens,) int32; the tokens of one sequence stand in order.
-        tables: (slots, n) int32, the pages of the KV cache that hold each slot's positions, 256 a page.
+        tables: (1 or 2, slots, n) int32, the pages of the KV cache that hold each slot's positions, 256 a page. The
+            second is that of layers with a window, where they have pages of their own. A mixer gets its own.
         query_scales: (tokens,) float32, what queries are multiplied with besides the layer's scale.
         cos, sin: (ropes, all tokens, rotated dimensions / 2) float32, of each kind of rotation in the model.
         first: the index of the first of these tokens there.
@@ -92,13 +93,28 @@ class Scratch(NamedTuple):
 
 
 class KVMemory(NamedTuple):
-    """The KV cache of a segment's layers: like `kernels.attention.KVLayer`, with a first axis of layers."""
+    """The KV cache of a segment's layers: like `kernels.attention.KVLayer`, the pages of all layers in one row.
+
+    Attributes:
+        pages, window_pages: of a layer that sees all positions, and of one with a window.
+    """
 
     marker: np.ndarray
     keys: np.ndarray
     key_scales: np.ndarray
     values: np.ndarray
     value_scales: np.ndarray
+    pages: int
+    window_pages: int
+
+
+@inner
+def layer_pages(memory, windows, layer):
+    """Return where a layer's pages begin and end in a segment's memory; windows: see `Attention`."""
+    first = 0
+    for each in range(layer):
+        first += memory.window_pages if windows[each] > 0 else memory.pages
+    return first, first + (memory.window_pages if windows[layer] > 0 else memory.pages)
 
 
 # ---- the halves, chosen by type
@@ -114,14 +130,19 @@ def _choose_mixer(w, layer, x, step, memory, scratch, exchange, out, threads):
     if w.instance_class is Attention:
 
         def attention(w, layer, x, step, memory, scratch, exchange, out, threads):
+            a, b = layer_pages(memory, w.windows, layer)
             cache = KVLayer(
                 memory.marker,
-                memory.keys[layer],
-                memory.key_scales[layer],
-                memory.values[layer],
-                memory.value_scales[layer],
+                memory.keys[a:b],
+                memory.key_scales[a:b],
+                memory.values[a:b],
+                memory.value_scales[a:b],
             )
-            call(attend, (w, layer, x, step, cache, scratch, exchange, out, threads))
+            table = min(step.tables.shape[0] - 1, 1 if w.windows[layer] > 0 else 0)
+            own = Step(
+                step.slots, step.positions, step.tables[table], step.query_scales, step.cos, step.sin, step.first
+            )
+            call(attend, (w, layer, x, own, cache, scratch, exchange, out, threads))
 
         return attention
     if w.instance_class is DeltaNets:

@@ -66,9 +66,11 @@ class Transformer:
         """Copy pages and states as the batch says."""
         for segment, _ in self._segments:
             memory: Any = segment.memory
-            paged = isinstance(memory, KVMemory)
-            for source, target in (batch.page_copies if paged else batch.state_copies).tolist():
-                for array in memory[1:] if paged else memory:
+            if isinstance(memory, KVMemory):
+                _copy_pages(memory, segment, batch)
+                continue
+            for source, target in batch.state_copies.tolist():
+                for array in memory:
                     array[:, target] = array[:, source]
         for source, target in batch.page_copies.tolist():
             self._token_ids[target] = self._token_ids[source]
@@ -88,7 +90,7 @@ class Transformer:
         self._copy(batch)
         self._embed(batch.token_ids, residual)
         step, group = self._step(batch), self.rank.group
-        self._token_ids[step.tables[batch.slots, batch.positions // PAGE], batch.positions % PAGE] = batch.token_ids
+        self._token_ids[step.tables[0, batch.slots, batch.positions // PAGE], batch.positions % PAGE] = batch.token_ids
         parts, turn = group.parts(batch.tokens), self._turn
         with group.exchanging(parts):
             for segment, scratch in self._segments:
@@ -144,3 +146,17 @@ class Transformer:
             np.tanh(logits / np.float32(c.logit_softcap), out=logits)
             logits *= np.float32(c.logit_softcap)
         return logits
+
+
+def _copy_pages(memory: KVMemory, segment: Segment, batch: Batch) -> None:
+    """Copy pages of the KV cache of a segment's layers."""
+    if not len(batch.page_copies) and not len(batch.window_copies):
+        return
+    mixer: Any = segment.mixer
+    first = 0
+    for window in mixer.windows.tolist():
+        near = window > 0 and batch.has_windows
+        for source, target in (batch.window_copies if near else batch.page_copies).tolist():
+            for array in (memory.keys, memory.key_scales, memory.values, memory.value_scales):
+                array[first + target] = array[first + source]
+        first += memory.window_pages if window > 0 else memory.pages

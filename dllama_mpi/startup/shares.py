@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..kernels.layout import BLOCK, PAGE, ceil_to
+from ..kernels.layout import BLOCK, PAGE, ceil_to, pages_over
 from ..model.buffers import Buffers, Sizes, memory_bytes, position_bytes
 from ..model.config import ModelConfig
 from ..model.recipe import weight_bytes
@@ -68,24 +68,35 @@ class MemoryPlan:
         """Places for states: of sequences at once, and checkpoints."""
         return self.sequences + CHECKPOINTS * self.config.has_state
 
+    @property
+    def window_pages(self) -> int:
+        """Pages of layers with a window that a sequence keeps at most; 0: no layer has one."""
+        window = self.config.window
+        return pages_over(window - 1 + self.tokens) if window else 0
+
     def needs(self, parts: Sequence[Shard], hosts: Sequence[tuple[str, int]]) -> list[Need]:
         """Return every rank's need, given its shard, its host's name and the bytes that host has free."""
         names = [host for host, _ in hosts]
         return [
-            Need(host, self.fixed(part, names), self.per_position(part), free)
+            self.need(part, host, self.fixed(part, names), free)
             for part, (host, free) in zip(parts, hosts, strict=True)
         ]
+
+    def need(self, part: Shard, host: str = "", fixed: int = 0, free: int = 0) -> Need:
+        """Return a rank's need of KV cache, and of what else is given."""
+        each, near = position_bytes(self.config, part, self.kept.kv_type)
+        return Need(host, fixed, each, free, near, self.window_pages)
 
     def fixed(self, part: Shard, hosts: Sequence[str]) -> int:
         """Return the bytes of a rank's weights, buffers and states; hosts: of each rank."""
         return sum(self.parts(part, hosts, 0).values())
 
     def parts(self, part: Shard, hosts: Sequence[str], positions: int) -> dict[str, int]:
-        """Return the bytes of what a rank holds, with pages for so many positions; hosts: of each rank."""
+        """Return the bytes of what a rank holds, with pages for so many positions of a text; hosts: of each rank."""
         once, _ = memory_bytes(self.config, part, self.kept.kv_type)
         return {
             "weights": weight_bytes(self.config, part, self.kept.formats),
-            "kv_cache": ceil_to(positions, PAGE) * self.per_position(part),
+            "kv_cache": self.need(part).cache(ceil_to(positions, PAGE)),
             "states": once * self.slots,
             "buffers": self.buffers(part, hosts),
         }
@@ -96,10 +107,6 @@ class MemoryPlan:
         own = Buffers(self.config, part, kept.formats, Sizes(self.tokens, self.slots, 0, kept.kv_type)).scratch_bytes()
         here = list(hosts).count(hosts[part.rank])
         return own + all_reduce_bytes(len(hosts), here, len(set(hosts)), self.tokens, width, kept.payload)
-
-    def per_position(self, part: Shard) -> int:
-        """Return the bytes that one position of the KV cache takes on a rank."""
-        return position_bytes(self.config, part, self.kept.kv_type)
 
     def shares(self, speeds: Sequence[float], hosts: Sequence[tuple[str, int]]) -> tuple[list[float], set[str]]:
         """Return shares by the ranks' speeds that fit into their hosts' memory; see `fitting_shares`."""
@@ -155,7 +162,7 @@ def _fitted(
         needs, is_over = needs_of(shares), False
         for host in dict.fromkeys(hosts):
             own = [need for need in needs if need.host == host]
-            needed, room = sum(n.fixed + positions * n.per_position for n in own), usable_bytes(own)
+            needed, room = sum(n.fixed + n.cache(positions) for n in own), usable_bytes(own)
             if needed > room:
                 is_over = True
                 held = sum(share for share, name in zip(shares, hosts, strict=True) if name == host)

@@ -52,8 +52,8 @@ def main() -> None:
     if not together.config.has_state:
         drafted = LLM(folder, max_batch=COUNT, speculate="lookup", **options)
         ways["drafted"] = tokens(drafted.generate(prompts, params))
-    few = 3.5 * 256 * together.memory.per_position(together.shards[together.group.rank]) / 1e9
-    few = max(together.group.allgather(few))
+    need = together.memory.need(together.shards[together.group.rank])
+    few = max(together.group.allgather(3.5 * 256 * (need.per_position + need.per_window_position) / 1e9))
     tight = LLM(folder, max_batch=COUNT, kv_memory=few, **options)
     ways["preempted"] = tokens(tight.generate(prompts, params))
     if tight.is_root:

@@ -20,7 +20,8 @@ def main() -> None:
     own = transformer_bytes(llm._model) + group_bytes(llm.group)
     found = llm.group.allgather(own)
     if llm.is_root:
-        predicted = [need.fixed + PAGE * llm.pages * need.per_position for need in needs]
+        near = PAGE * (llm.window_pages or llm.pages)
+        predicted = [n.fixed + PAGE * llm.pages * n.per_position + near * n.per_window_position for n in needs]
         print(json.dumps({"predicted": predicted, "allocated": found}), flush=True)
 
 

@@ -68,3 +68,18 @@ def test_quantised_parity(ranks: int, name: str, weights: str, formats: list[str
     differences = sorted(result["differences"])
     assert differences[len(differences) // 2] < TOLERANCE
     assert differences[-1] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("ranks", "name"), [(2, "gemma3_text"), slow(2, "mistral"), slow(3, "gpt_oss"), slow(4, "gemma3_text")]
+)
+def test_windows_on_all_ranks(ranks: int, name: str, models: Path) -> None:
+    """Texts of several pages, of which layers with a window keep the last ones alone."""
+    if not (models / name).exists():
+        write_model(ALL_CASES[name], models / name)
+    done = pool(ranks).run([str(ROOT / "tests/mpi/windows_job.py"), str(models / name)])
+    result = json.loads(done.stdout)
+    assert 0 < result["pages"][1] < result["pages"][0]
+    assert result["difference"] < 5 * TOLERANCE  # ranks' sums round differently, and texts are long
+    assert result["ids"] == result["expected"]
+    assert (result["again"], result["cached"]) == (result["expected"][0], 901)

@@ -206,7 +206,8 @@ def test_few_pages_for_many_sequences(load: Load) -> None:
     params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
     llm = load(case, max_seq_len=512, max_batch=3)
     ref = [llm.generate(prompt, params).token_ids for prompt in prompts]
-    tight = load(case, max_seq_len=512, max_batch=3, kv_memory=3.5 * 256 * llm.memory.per_position(llm.shards[0]) / 1e9)
+    each = llm.memory.need(llm.shards[0]).per_position
+    tight = load(case, max_seq_len=512, max_batch=3, kv_memory=3.5 * 256 * each / 1e9)
     assert tight.pages == 3
     assert [r.token_ids for r in tight.generate(list(prompts), params)] == ref
     assert tight.engine.snapshot().preemptions > 0

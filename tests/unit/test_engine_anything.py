@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -9,7 +11,21 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from dllama_mpi.engine import scheduler
 from dllama_mpi.engine.request import Output, Request, RequestStats
-from tests.fake_model import CONTEXT, VOCABULARY, Guesser, alone, ask, engine_of, limits, run, tokens_of
+from dllama_mpi.kernels.layout import pages_over
+from tests.fake_model import (
+    CONTEXT,
+    VOCABULARY,
+    Guesser,
+    alone,
+    ask,
+    check_hidden,
+    check_scores,
+    engine_of,
+    limits,
+    pooled,
+    run,
+    tokens_of,
+)
 
 
 class Anything(RuleBasedStateMachine):
@@ -25,8 +41,10 @@ class Anything(RuleBasedStateMachine):
         chunk=st.integers(1, 12),
         kind=st.sampled_from(["plain", "drafts", "states", "states", "apart"]),
         spare=st.sampled_from([2, 12]),
+        window=st.just(0) | st.integers(1, CONTEXT),
+        more=st.integers(0, 12),
     )
-    def begin(self, pages: int, sequences: int, chunk: int, kind: str, spare: int) -> None:
+    def begin(self, pages: int, sequences: int, chunk: int, kind: str, spare: int, window: int, more: int) -> None:
         given = limits(
             pages=pages,
             sequences=sequences,
@@ -34,6 +52,8 @@ class Anything(RuleBasedStateMachine):
             slots=sequences + spare if kind == "states" else 0,
             drafts=20 if kind == "drafts" else 0,
             shares=kind != "apart",
+            window=window,
+            window_pages=min(pages_over(window - 1 + chunk, 4) + more, pages) if window else 0,
         )
         self.engine, self.runner = engine_of(given, CONTEXT, drafter=Guesser if kind == "drafts" else None)
         self.requests: dict[int, Request] = {}
@@ -48,6 +68,7 @@ class Anything(RuleBasedStateMachine):
         temperature=st.sampled_from([0.0, 1.0]),
         stop=st.none() | st.integers(0, VOCABULARY - 1),
         priority=st.sampled_from([0, 0, 0, 1]),
+        wants=st.sampled_from(["text", "text", "text", "scores", "mean", "last"]),
     )
     def add(
         self,
@@ -58,10 +79,15 @@ class Anything(RuleBasedStateMachine):
         temperature: float,
         stop: int | None,
         priority: int,
+        wants: str,
     ) -> None:
         beginning = np.random.default_rng(family).integers(VOCABULARY, size=shared).tolist()
         prompt = [*beginning, *own] or [0]
-        request = ask(prompt, stop, priority, temperature=temperature, max_tokens=most, seed=len(prompt))
+        scores = 2 if wants == "scores" else None
+        params: dict[str, Any] = {"temperature": temperature, "max_tokens": most, "prompt_logprobs": scores}
+        request = ask(prompt, stop, priority, seed=len(prompt), **params)
+        if wants in ("mean", "last"):
+            request = pooled(prompt, wants)
         self.requests[self.engine.add(request)] = request
 
     @precondition(lambda self: self.requests)
@@ -87,8 +113,7 @@ class Anything(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         own = self.engine.scheduler
-        own.pages.check()
-        assert own.pages.used == len({page for s in own.running for page in s.pages})
+        own.cache.check(own.running)
         assert len(own.running) <= own.limits.sequences
         assert {s.slot for s in own.running}.isdisjoint(own.slots._free)
 
@@ -99,18 +124,22 @@ class Anything(RuleBasedStateMachine):
         for outputs in run(self.engine).values():
             for output in outputs:
                 self.take(output)
-        assert self.engine.scheduler.pages.used == 0
+        assert self.engine.scheduler.pages.used == self.engine.scheduler.cache.near.used == 0
         assert self.engine.scheduler.slots.available == self.engine.scheduler.slots.count
         assert set(self.outputs) == set(self.requests)
         for request_id, request in self.requests.items():
             outputs = self.outputs[request_id]
-            ref, reason = alone(request, CONTEXT)
+            ref, reason = ([], "stop") if request.pooling is not None else alone(request, CONTEXT)
             found, last = tokens_of(outputs), outputs[-1]
             if last.finish_reason == "abort":
                 assert request_id in self.cancelled
                 assert found == ref[: len(found)]
             else:
                 assert (found, last.finish_reason) == (ref, reason)
+                if request.pooling is not None:
+                    check_hidden(list(request.token_ids), request.pooling, outputs)
+                elif request.params.prompt_logprobs is not None:
+                    check_scores(list(request.token_ids), 2, outputs)
             check_usage(last.usage, request, found, last)
 
 
@@ -127,4 +156,4 @@ def check_usage(usage: RequestStats | None, request: Request, found: list[int], 
 
 
 TestAnything = Anything.TestCase
-TestAnything.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestAnything.settings = settings(max_examples=200, stateful_step_count=30, deadline=None)

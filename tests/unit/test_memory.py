@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dllama_mpi.architectures.registry import read_model_config
 from dllama_mpi.errors import ClusterError
-from dllama_mpi.kernels.layout import FORMATS, TileFormat
+from dllama_mpi.kernels.layout import FORMATS, PAGE, TileFormat, ceil_div
 from dllama_mpi.model.buffers import memory_bytes
 from dllama_mpi.model.recipe import WeightRecipe, weight_bytes
-from dllama_mpi.startup.memory import Need, Room, Wish, available_bytes, fitting
+from dllama_mpi.startup.memory import Need, Room, Wish, available_bytes, fitting, usable_bytes
 from dllama_mpi.startup.options import Kept
 from dllama_mpi.startup.shares import MemoryPlan, shards_of
 from tests.tiny_models.cases import CASES
@@ -123,6 +127,87 @@ def test_memory_for_the_cache_by_order() -> None:
     assert refused(rank, 1024, True, 2 * GB).endswith("a has 1.90 GB free: --kv-memory 0.896 fits")
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Layers with a window
+# --------------------------------------------------------------------------------------------------------------------
+
+MB = 10**6
+FAR, NEAR = 20_000, 120_000  # bytes of a position
+
+
+def windowed(host: str, fixed: float, free: float, far: int = FAR, near: int = NEAR, pages: int = 6) -> Need:
+    """Return the need of a rank whose layers with a window keep so many pages of a sequence."""
+    return Need(host, int(fixed * GB), far, int(free * GB), near, pages)
+
+
+def taken(needs: list[Need], room: Room) -> int:
+    """Return the bytes that ranks take of KV cache."""
+    return PAGE * sum(room.pages * n.per_position + room.window_pages * n.per_window_position for n in needs)
+
+
+def test_a_window_needs_no_more_memory_for_longer_texts() -> None:
+    one = windowed("a", 0, 0)
+    assert one.cache(1000) == 1000 * (FAR + NEAR)
+    assert one.cache(100_000) - one.cache(10_000) == 90_000 * FAR
+    assert fitting([windowed("a", 1, 8)], Wish(131072, False)) == Room(131072, 512, 12)
+    assert fitting([need("a", 1, FAR + NEAR, 8)], Wish(131072, False)).positions < 50_000
+
+
+def test_short_texts_have_as_many_pages_for_windows_as_others() -> None:
+    assert fitting([windowed("a", 1, 8)], Wish(1000, True)) == Room(1000, 4, 4)
+    assert fitting([windowed("a", 1, 8)], Wish(1000, True, 3)) == Room(1000, 12, 12)
+    assert fitting([windowed("a", 1, 8)], Wish(2048, True, 3)) == Room(2048, 24, 24)
+    assert fitting([windowed("a", 1, 8)], Wish(8192, True, 3)) == Room(8192, 96, 36)
+
+
+def test_a_model_of_windows_alone() -> None:
+    ids = windowed("a", 1, 8, far=4)
+    assert fitting([ids], Wish(131072, True)) == Room(131072, 512, 12)
+    assert fitting([ids], Wish(131072, True, 1, GB)).window_pages == (GB - 512 * PAGE * 4) // (PAGE * (NEAR + 4 * 16))
+
+
+@given(
+    hosts=st.lists(st.tuples(st.integers(0, 3000), st.integers(1, 4000), st.integers(0, 2)), min_size=1, max_size=4),
+    far=st.integers(4, 300_000),
+    near=st.integers(1, 300_000),
+    window_pages=st.integers(1, 20),
+    wanted=st.integers(1, 200_000),
+    is_explicit=st.booleans(),
+    sequences=st.integers(1, 64),
+    kv_bytes=st.none() | st.integers(1, 4 * GB),
+)
+def test_no_more_is_given_than_there_is(
+    hosts: list[tuple[int, int, int]],
+    far: int,
+    near: int,
+    window_pages: int,
+    wanted: int,
+    is_explicit: bool,
+    sequences: int,
+    kv_bytes: int | None,
+) -> None:
+    """What is given fits on every host, does for a sequence, and leaves less than a page unless all is fulfilled."""
+    needs = [Need(f"h{host}", fixed * MB, far, free * MB, near, window_pages) for fixed, free, host in hosts]
+    wish = Wish(wanted, is_explicit, sequences, kv_bytes)
+    try:
+        room = fitting(needs, wish)
+    except ClusterError:
+        return
+    least = [math.inf]
+    for host in {n.host for n in needs}:
+        own = [n for n in needs if n.host == host]
+        left = usable_bytes(own) - sum(n.fixed for n in own) - taken(own, room)
+        assert left >= 0
+        least.append(left / len(own))
+    one = ceil_div(room.positions, PAGE)
+    assert room.pages >= one
+    assert room.pages >= room.window_pages >= min(one, window_pages)
+    if kv_bytes is not None:
+        assert kv_bytes - taken(needs[:1], room) >= 0
+    elif room.positions < wanted:
+        assert min(least) < PAGE * (far + near)
+
+
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_weights_of_one_rank_and_of_all(fmt: TileFormat) -> None:
     formats = WeightRecipe.parse(fmt.name).formats(GQA)
@@ -146,5 +231,5 @@ def test_cache_and_buffers() -> None:
         assert 0 < few < many
         plan = MemoryPlan(GQA, kept, 1, sequences=3)
         each = 2 * 1 * (32 + 16) * 2 + 4  # keys, values and the token's id
-        assert plan.per_position(part) == each
+        assert plan.need(part).per_position == each
         assert sum(plan.parts(part, ["a", "b"], 10).values()) == plan.fixed(part, ["a", "b"]) + 256 * each

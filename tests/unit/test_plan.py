@@ -56,6 +56,16 @@ def test_speeds_and_memory_at_each_number_of_ranks() -> None:
     assert report["counts"][0]["decode"]["synchronisation_ms"] == 0
 
 
+def test_windows_need_less_memory_for_long_texts() -> None:
+    """A context that would not fit if every layer kept all of it: 18 GB of KV cache."""
+    config = model_config("random:gemma3-4b")
+    formats = WeightRecipe.parse("q40").formats(config)
+    question = Question(config, Kept.of(formats, "f16", "f32"))
+    (count,) = plan(question, cluster([10], [8]))["counts"]
+    assert (count["max_seq_len"], count["problem"]) == (131072, None)
+    assert 2.7e9 < count["memory"][0]["kv_cache_bytes"] < 3e9
+
+
 def test_a_slow_network_makes_one_rank_best() -> None:
     assert plan(QUESTION, cluster([10, 10], [8, 8], 5e-5))["best_ranks"] == {"decode": 2, "prefill": 2}
     assert plan(QUESTION, cluster([10, 10], [8, 8], 5e-3))["best_ranks"] == {"decode": 1, "prefill": 2}

@@ -1,4 +1,4 @@
-"""What a rank is predicted to need is what it allocates: a dense model, one with experts, one with states."""
+"""What a rank is predicted to need is what it allocates: dense models, with experts, with states, with windows."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from dllama_mpi.startup.opening import random_source
 from dllama_mpi.startup.options import Kept
 from dllama_mpi.startup.shares import MemoryPlan, shards_of
 from tests.allocated import transformer_bytes
-from tests.small_models import DENSE, SPARSE, STATE
+from tests.small_models import DENSE, SPARSE, STATE, WINDOWS
 
-POSITIONS, TOKENS, SEQUENCES = 512, 65, 2
-CONFIGS = {"dense": DENSE, "sparse": SPARSE, "state": STATE}
+POSITIONS, TOKENS, SEQUENCES = 1024, 65, 2
+CONFIGS = {"dense": DENSE, "sparse": SPARSE, "state": STATE, "windows": WINDOWS}
 
 
 def allocated(config: ModelConfig, plan: MemoryPlan, ranks: int, rank: int) -> int:
@@ -29,7 +29,8 @@ def allocated(config: ModelConfig, plan: MemoryPlan, ranks: int, rank: int) -> i
     weights = load(random_source("small", config), config, shard, kept.formats)
     model = Transformer(weights, config, Rank(group, shard, kept.formats, 1))
     terms = group.prepare_all_reduce(TOKENS, ceil_to(config.hidden_size, BLOCK), kept.payload, "auto")
-    model.allocate(terms, Sizes(TOKENS, plan.slots, POSITIONS // PAGE, kept.kv_type))
+    near = plan.window_pages or None
+    model.allocate(terms, Sizes(TOKENS, plan.slots, POSITIONS // PAGE, kept.kv_type, near))
     return transformer_bytes(model) - terms.nbytes
 
 
@@ -45,7 +46,7 @@ def test_predicted_is_allocated(name: str, recipe: str, kv_type: str, ranks: int
     width = ceil_to(config.hidden_size, BLOCK)
     exchanged = all_reduce_bytes(ranks, 1, ranks, TOKENS, width, kept.payload)
     for rank in {0, ranks // 2, ranks - 1}:
-        predicted = needs[rank].fixed + POSITIONS * needs[rank].per_position
+        predicted = needs[rank].fixed + needs[rank].cache(POSITIONS)
         found = allocated(config, plan, ranks, rank) + exchanged
         assert predicted == pytest.approx(found, rel=0.02)
         assert sum(plan.parts(shards[rank], hosts, POSITIONS).values()) == predicted

@@ -4,56 +4,35 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 
 from dllama_mpi.engine.engine import Engine
-from dllama_mpi.engine.request import Output, Request, SamplingParams
 from dllama_mpi.engine.scheduler import Limits
 from dllama_mpi.errors import RequestError
-from tests.fake_model import Guesser, alone, ask, engine_of, logits_after, run, state_after, tokens_of
+from tests.fake_model import (
+    Guesser,
+    alone,
+    ask,
+    check_hidden,
+    check_scores,
+    engine_of,
+    limits,
+    pooled,
+    run,
+    tokens_of,
+)
 
 SHARED = [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
 
 
-def limits(**more: Any) -> Limits:
-    return Limits(**{"sequences": 3, "pages": 12, "chunk": 5, "page": 4} | more)
-
-
-def pooled(prompt: list[int], pooling: str) -> Request:
-    return Request(tuple(prompt), SamplingParams(temperature=0.0), pooling=pooling)
-
-
-def check_scores(prompt: list[int], count: int, outputs: list[Output]) -> None:
-    told = [output.prompt_logprobs for output in outputs if output.prompt_logprobs is not None]
-    assert len(told) == 1
-    assert len(told[0]) == len(prompt) - 1
-    for i, found in enumerate(told[0]):
-        logits = logits_after(prompt[: i + 1]).astype(np.float64)
-        ref = logits - np.logaddexp.reduce(logits)
-        assert found.logprob == pytest.approx(ref[prompt[i + 1]], abs=1e-5)
-        best = np.argsort(-ref, kind="stable")[:count].tolist()
-        assert [token for token, _ in found.top] == best
-        assert [value for _, value in found.top] == pytest.approx(ref[best], abs=1e-5)
-
-
-def check_hidden(prompt: list[int], pooling: str, outputs: list[Output]) -> None:
-    states = [state_after(prompt[: i + 1]) for i in range(len(prompt))]
-    wanted = np.mean(states, axis=0) if pooling == "mean" else states[-1]
-    (output,) = outputs
-    assert output.finish_reason == "stop"
-    assert output.token_ids == ()
-    assert output.hidden is not None
-    assert output.hidden.dtype == np.float32
-    assert output.hidden.tolist() == pytest.approx(wanted.tolist())
-    assert output.usage is not None
-    assert (output.usage.prompt_tokens, output.usage.output_tokens) == (len(prompt), 0)
+def few(**more: Any) -> Limits:
+    return limits(**{"sequences": 3, "pages": 12, "chunk": 5} | more)
 
 
 @pytest.mark.parametrize("count", [0, 3])
 @pytest.mark.parametrize("most", [0, 1, 6])
 def test_a_prompt_is_scored_and_goes_on(count: int, most: int) -> None:
-    engine, _ = engine_of(limits(drafts=9), drafter=Guesser)
+    engine, _ = engine_of(few(drafts=9), drafter=Guesser)
     request = ask(SHARED, max_tokens=most, prompt_logprobs=count)
     id = engine.add(request)
     outputs = run(engine)[id]
@@ -64,7 +43,7 @@ def test_a_prompt_is_scored_and_goes_on(count: int, most: int) -> None:
 
 @pytest.mark.parametrize("slots", [0, 6])
 def test_what_others_have_computed_is_told_of_too(slots: int) -> None:
-    engine, _ = engine_of(limits(slots=slots))
+    engine, _ = engine_of(few(slots=slots))
     first = engine.add(ask(SHARED, max_tokens=4))
     assert tokens_of(run(engine)[first]) == alone(ask(SHARED, max_tokens=4))[0]
     asked: dict[int, str | None] = {engine.add(ask([*SHARED, 11], max_tokens=2, prompt_logprobs=1)): None}
@@ -80,7 +59,7 @@ def test_what_others_have_computed_is_told_of_too(slots: int) -> None:
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 @pytest.mark.parametrize("length", [1, 4, 5, 40])
 def test_hidden_states_of_any_prompt_that_fits(pooling: str, length: int) -> None:
-    engine, _ = engine_of(limits())
+    engine, _ = engine_of(few())
     prompt = [i % 12 for i in range(length)]
     id = engine.add(pooled(prompt, pooling))
     check_hidden(prompt, pooling, run(engine)[id])
@@ -88,14 +67,14 @@ def test_hidden_states_of_any_prompt_that_fits(pooling: str, length: int) -> Non
 
 
 def test_a_token_alone_has_nothing_to_score() -> None:
-    engine, _ = engine_of(limits())
+    engine, _ = engine_of(few())
     id = engine.add(ask([3], max_tokens=0, prompt_logprobs=2))
     (output,) = run(engine)[id]
     assert (output.finish_reason, output.prompt_logprobs) == ("length", ())
 
 
 def test_preempted_requests_are_told_everything_once() -> None:
-    engine, _ = engine_of(limits(pages=6, sequences=4, chunk=3))
+    engine, _ = engine_of(few(pages=6, sequences=4, chunk=3))
     wanted: dict[int, Any] = {engine.add(ask([5, 6], max_tokens=14)): "tokens"}
     engine.step()
     wanted[engine.add(ask(SHARED, max_tokens=9, prompt_logprobs=2))] = "scores"
@@ -111,6 +90,6 @@ def test_preempted_requests_are_told_everything_once() -> None:
 
 
 def test_an_unknown_pooling_is_refused() -> None:
-    engine: Engine = engine_of(limits())[0]
+    engine: Engine = engine_of(few())[0]
     with pytest.raises(RequestError, match="pooling is 'max'; it must be one of mean, last"):
         engine.add(pooled([1], "max"))

@@ -155,7 +155,7 @@ def test_a_step_survives_its_bytes(want: Want, tokens: int, rows: int) -> None:
         np.testing.assert_array_equal(getattr(got.batch, name), getattr(step.batch, name))
     for slot, held in pages.items():
         assert got.batch.pages_of(slot).tolist() == list(held)
-        assert got.batch.tables()[slot, : len(held)].tolist() == list(held)
+        assert got.batch.tables()[0, slot, : len(held)].tolist() == list(held)
 
 
 def test_a_decode_step_of_a_long_text_is_small() -> None:

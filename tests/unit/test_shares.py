@@ -37,7 +37,7 @@ def shares(speeds: list[float], free: list[int], names: str = "", max_seq_len: i
 def needed(found: list[float], free: list[int], max_seq_len: int = 1024) -> list[int]:
     """Return the bytes that each rank needs."""
     hosts = [(f"x{i}", f) for i, f in enumerate(free)]
-    return [n.fixed + max_seq_len * n.per_position for n in plan().needs(shards_of(ONE_B, found), hosts)]
+    return [n.fixed + n.cache(max_seq_len) for n in plan().needs(shards_of(ONE_B, found), hosts)]
 
 
 @pytest.mark.parametrize("speeds", [[1.0], [1.0, 1.0], [2.0, 1.0], [1e10, 5e9, 2.5e9], [7.0, 1.0, 1.0, 3.0]])
