@@ -310,7 +310,7 @@ class Engine:
         stats.ranks = reports(hosts, times, measure_star(self.group.comm, hosts) if measure_links else None)
 
     def _count(self) -> EngineStats:
-        scheduler, pages = self.scheduler, self.scheduler.pages
+        scheduler, pages, near = self.scheduler, self.scheduler.pages, self.scheduler.cache.near
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -321,6 +321,9 @@ class Engine:
             cached_tokens=scheduler.cached_tokens,
             output_tokens=self._output_tokens,
             preemptions=scheduler.preemptions,
+            window_pages_total=near.count,
+            window_pages_used=near.used,
+            window_pages_cached=near.cached,
             sequences=tuple(
                 SequenceStats(s.id, s.slot, s.prompt_length, s.computed, len(s.tokens) - s.prompt_length, s.runs)
                 for s in self._sequences.values()

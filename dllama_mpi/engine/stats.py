@@ -48,6 +48,8 @@ class EngineStats:
 
     Attributes:
         running, waiting: requests. pages_total, pages_used: of the KV cache; pages_cached: not used, but remembered.
+        window_pages_total, window_pages_used, window_pages_cached: the same of layers with a window, where these have
+            pages of their own.
         prompt_tokens, cached_tokens, output_tokens: of all requests so far; of the prompts' tokens the cached ones need
             not be computed. preemptions: how many times a request gave up its memory to others.
         sequences: the requests.
@@ -62,6 +64,9 @@ class EngineStats:
     cached_tokens: int
     output_tokens: int
     preemptions: int
+    window_pages_total: int = 0
+    window_pages_used: int = 0
+    window_pages_cached: int = 0
     sequences: tuple[SequenceStats, ...] = ()
 
 
