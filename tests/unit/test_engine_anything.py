@@ -126,6 +126,9 @@ class Anything(RuleBasedStateMachine):
                 self.take(output)
         assert self.engine.scheduler.pages.used == self.engine.scheduler.cache.near.used == 0
         assert self.engine.scheduler.slots.available == self.engine.scheduler.slots.count
+        snapshot = self.engine.snapshot()
+        assert (snapshot.pages_used, snapshot.window_pages_used) == (0, 0)
+        assert snapshot.window_pages_total == self.engine.scheduler.limits.window_pages
         assert set(self.outputs) == set(self.requests)
         for request_id, request in self.requests.items():
             outputs = self.outputs[request_id]
