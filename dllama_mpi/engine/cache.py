@@ -232,9 +232,7 @@ class Cache:
 
     def adopt_pages(self, s: Sequence) -> None:
         """Go on behind the pages that others have computed of a sequence's tokens since it was admitted."""
-        at = s.computed // self.size
-        if s.computed % self.size:
-            return
+        at = s.computed // self.size  # of which it may have computed a part
         pages = self.full(s, at)
         for count in range(len(pages), 0, -1):
             held = (at + count) * self.size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .errors import ApiError
 from .http import JSONAnswer
 
+DISCARD_SECONDS, DISCARDED = 2.0, 4  # of bodies that are refused: how long, and how many times the limit, they are read
 LEAST_RATE = 1000.0  # bytes a second of a body, once it has taken longer than it may pause
 
 
@@ -65,6 +67,8 @@ class Gate:
                 self._check_key(headers)
             self._check_length(headers)
         except ApiError as error:
+            if "expect" not in headers:  # such a client waits, before it sends, for what is said here
+                await self._discard(receive)
             answer = JSONAnswer(error.body(scope["path"]), error.status, {**error.headers, "Connection": "close"})
             await answer(scope, receive, counting)
             return
@@ -108,6 +112,18 @@ class Gate:
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self._options.body_bytes} bytes", code="body_too_large")
 
+    async def _discard(self, receive: Receive) -> None:
+        """Read the rest of a body that is refused, within bounds: a client that still sends may lose the answer."""
+
+        async def read() -> None:
+            size, more = 0, True
+            while more and size <= DISCARDED * self._options.body_bytes:
+                message = await receive()
+                size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(read(), DISCARD_SECONDS)
+
     def _limited(self, receive: Receive) -> Receive:
         read, more, began = 0, True, time.monotonic()
 
@@ -124,6 +140,8 @@ class Gate:
             if message["type"] == "http.request":
                 read, more = read + len(message.get("body", b"")), message.get("more_body", False)
                 if read > self._options.body_bytes:
+                    if more:
+                        await self._discard(receive)
                     raise self._too_large()
             return message
 

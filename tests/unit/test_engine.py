@@ -358,3 +358,21 @@ def test_wrong_parameters_are_named(given: dict[str, Any]) -> None:
 def test_numpys_numbers_are_numbers() -> None:
     numbers: dict[str, Any] = {"temperature": np.float32(0.5), "top_k": np.int64(3), "max_tokens": np.int32(4)}
     assert SamplingParams(**numbers).top_k == 3
+
+
+@pytest.mark.parametrize("window", [0, 6])
+@pytest.mark.parametrize("chunk", [3, 5, 7])
+def test_what_another_is_just_computing_is_computed_once(chunk: int, window: int) -> None:
+    """Requests with one beginning come a step apart: each but the first computes its own end alone."""
+    near = {"window": window, "window_pages": 40} if window else {}
+    engine, _ = engine_of(limits(sequences=8, chunk=chunk, **near))
+    shared, usages = [i % VOCABULARY for i in range(22)], {}
+    for i in range(6):
+        engine.add(ask([*shared, i, i], max_tokens=2))
+        for output in engine.step():
+            usages[output.id] = output.usage
+    for id, outputs in run(engine).items():
+        usages[id] = outputs[-1].usage
+    computed = [usage.prompt_tokens - usage.cached_tokens for usage in usages.values() if usage is not None]
+    assert sorted(computed)[-1] == len(shared) + 2
+    assert sorted(computed)[:-1] == [2] * 5
