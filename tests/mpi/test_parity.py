@@ -25,7 +25,8 @@ def fits(name: str, ranks: int) -> bool:
     return all(config.get(key, ranks) >= ranks for key in ("num_attention_heads", "linear_num_value_heads"))
 
 
-EVERY = [(ranks, name) for ranks, name in product((1, 2, 3, 4), ALL_CASES) if fits(name, ranks)]
+# One rank is tried without MPI, too: tests/unit/test_model.py and test_families.py.
+EVERY = [*product((1,), QUICK_CASES), *((n, name) for n, name in product((2, 3, 4), ALL_CASES) if fits(name, n))]
 
 
 @pytest.fixture(scope="session")
