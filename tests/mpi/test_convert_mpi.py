@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,9 @@ def test_fault_of_one_rank_ends_the_job_and_leaves_nothing_whole(tmp_path: Path)
     assert "rank 1 on " in ended.stderr
     assert not (tmp_path / "new").exists()
     assert not (tmp_path / "new.partial" / "config.json").exists()
-    assert (tmp_path / "new.partial" / ".converting").is_file()  # so that the next run may remove it
+    marker = tmp_path / "new.partial" / ".converting"
+    assert marker.is_file()  # so that the next run may remove it
+    with marker.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)  # the launcher may have ended before the last rank
     pool(2).run([JOB, str(source), str(tmp_path / "new")])
     assert not (tmp_path / "new.partial").exists()

@@ -159,4 +159,4 @@ def check_usage(usage: RequestStats | None, request: Request, found: list[int], 
 
 
 TestAnything = Anything.TestCase
-TestAnything.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestAnything.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
