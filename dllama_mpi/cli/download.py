@@ -108,12 +108,11 @@ def named(text: str) -> Name:
 
 def _fetch(text: str, ranks: int) -> str:
     """Download and check a model; return the command to run next."""
-    from ..hub.remote import Download
+    from ..startup.finding import download_model
 
-    download = Download(named(text))
+    download = download_model(named(text))
     if download.repository.licence:
         say(f"licence: {download.repository.licence}")
-    download.run()
     before = download.check()
     if before:
         say(f"{before} file{'s' * (before > 1)} of it {'were' if before > 1 else 'was'} here, and not damaged")

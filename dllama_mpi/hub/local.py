@@ -100,7 +100,7 @@ def find(name: Name) -> tuple[str, Choice] | None:
         return None
     snapshot = stored.snapshot(commit)
     try:
-        return commit, choose(str(name), files_in(snapshot), name.what, lambda: index_of(snapshot / INDEX))
+        return commit, choose(name.repo, files_in(snapshot), name.what, lambda: index_of(snapshot / INDEX))
     except ModelError:
         return None
 
@@ -196,6 +196,6 @@ def _remove_files(stored: Stored, name: Name) -> int:
 
 def _chosen(name: Name, files: Sequence[RepoFile]) -> list[str]:
     try:
-        return [file.path for file in choose(str(name), files, name.what, list).files]
+        return [file.path for file in choose(name.repo, files, name.what, list).files]
     except ModelError:
         return []

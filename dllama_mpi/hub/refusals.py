@@ -12,8 +12,8 @@ from typing import Any
 from ..errors import DllamaError, ModelError
 
 
-class StoppedShort(Exception):
-    """A transfer that ended before all bytes had come."""
+class Refusal(Exception):
+    """What is to be said of a model that cannot be downloaded, without its name."""
 
 
 @contextmanager
@@ -67,8 +67,8 @@ def _line(error: Exception, folder: Path) -> str | None:
             return f"{constants.ENDPOINT} does not answer as a hub does; check HF_ENDPOINT, and proxies"
         if isinstance(each, errors.HFValidationError):
             return f"no name that the hub can have ({_first(each)})"
-        if isinstance(each, StoppedShort):
-            return f"{each}; what has come is kept, the same command goes on from there"
+        if isinstance(each, Refusal):
+            return str(each)
         if isinstance(each, transport):
             what = _first(each) or type(each).__name__
             return (
@@ -94,9 +94,9 @@ def _of_status(error: Any, endpoint: str) -> str:
     if isinstance(error, errors.GatedRepoError):
         then = "see that your token may read gated models" if get_token() else log_in
         return f"gated ({status}): accept its conditions on its page at {endpoint}, and {then}"
+    if status == 401 and not get_token():
+        return f"the hub has no such public model (401); check the name, or, if it is private, {log_in}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        if status == 401 and not get_token():
-            return f"the hub has no such public model (401); check the name, or, if it is private, {log_in}"
         return f"the hub has no such model ({status}), or none that your token may see; check the name"
     if isinstance(error, errors.DisabledRepoError):
         return f"the hub has disabled access to it ({status})"

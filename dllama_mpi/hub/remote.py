@@ -17,7 +17,7 @@ from .choice import INDEX, Choice, RepoFile, choose
 from .local import Stored, index_of
 from .names import Name
 from .progress import Progress, in_bytes
-from .refusals import told
+from .refusals import Refusal, told
 from .transfer import fetch, missing_bytes
 
 _MARGIN = 64_000_000  # bytes of the disk that are left free
@@ -53,7 +53,7 @@ def look_up(repo: str) -> Repository:
     """Ask the hub what a repository holds.
 
     Raises:
-        ModelError: what answers is no hub. Others: see `refusals.told`.
+        Refusal: what answers is no hub. Others: see `refusals.told`.
     """
     from huggingface_hub import HfApi, constants
 
@@ -66,9 +66,9 @@ def look_up(repo: str) -> Repository:
         if type(error).__module__.startswith("huggingface_hub"):
             raise
         what = f"{type(error).__name__}: {error}"[:120]
-        raise ModelError(f"{constants.ENDPOINT} does not answer as a hub does ({what}); check HF_ENDPOINT") from None
+        raise Refusal(f"{constants.ENDPOINT} does not answer as a hub does ({what}); check HF_ENDPOINT") from None
     if _digest(info.sha, 40) is None:
-        raise ModelError(f"{constants.ENDPOINT} tells no commit of {repo}; check HF_ENDPOINT")
+        raise Refusal(f"{constants.ENDPOINT} tells no commit of it; check HF_ENDPOINT")
     return Repository(repo, str(info.sha), files, licence if isinstance(licence, str) else "")
 
 
@@ -100,7 +100,7 @@ class Download:
         self._brought: set[str] = set()
         with self._told(), _calm():
             self.repository = look_up(name.repo)
-            self.choice: Choice = choose(str(name), self.repository.files.values(), name.what, self._index)
+            self.choice: Choice = choose(name.repo, self.repository.files.values(), name.what, self._index)
 
     def _told(self) -> contextlib.AbstractContextManager[None]:
         return told(str(self._name), self._stored.folder.parent)
@@ -199,7 +199,7 @@ class Download:
         problem = _problem(path, file)
         if problem:
             _discard(path)
-            raise ModelError(f"{file.path}: {problem}; what came has been removed, download it again")
+            raise Refusal(f"{file.path}: {problem}; what came has been removed, download it again")
         return path
 
     def _large(self, file: RepoFile, progress: Progress) -> None:

@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from ..errors import ModelError
 from .choice import RepoFile
 from .local import PARTIAL
 from .progress import Progress
-from .refusals import StoppedShort, retry_after
+from .refusals import Refusal, retry_after
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds after failures in a row in which nothing came
 PATIENCE = 60  # seconds that are waited when the hub asks for it; beyond, the user decides
@@ -83,7 +82,7 @@ def fetch(url: str, headers: Mapping[str, str], file: RepoFile, blobs: Path, pro
     """Download a file whose size and sha256 are known to `blobs`, under its digest.
 
     Raises:
-        ModelError: what came is not what the hub promised; it has been removed. Others: see `refusals.told`.
+        Refusal: what came is not what the hub promised; it has been removed. Others: see `refusals.told`.
     """
     assert file.sha256 is not None
     assert file.size is not None
@@ -100,7 +99,7 @@ def fetch(url: str, headers: Mapping[str, str], file: RepoFile, blobs: Path, pro
         found = sink.sha256()
         if found != file.sha256:
             partial.unlink()
-            raise ModelError(
+            raise Refusal(
                 f"{file.path}: its sha256 is {found[:16]}..., the hub's is {file.sha256[:16]}...; what came has been"
                 " removed, download it again"
             )
@@ -123,7 +122,8 @@ def _gather(url: str, headers: Mapping[str, str], sink: _Sink, size: int, progre
             return
         if failures > len(PAUSES):
             what = "cut off" if pause is None else "told to wait (429)"
-            raise error or StoppedShort(f"{what} {failures} times after {sink.size} of {size} bytes")
+            kept = "what has come is kept, the same command goes on from there"
+            raise error or Refusal(f"{what} {failures} times after {sink.size} of {size} bytes; {kept}")
         seconds = pause if pause is not None else PAUSES[max(0, failures - 1)]
         reason = "the hub asks to wait" if pause is not None else "cut off" if error is None else _named(error)
         progress.say(f"{reason}; going on in {seconds:g} s")
@@ -173,7 +173,7 @@ def _request(url: str, headers: Mapping[str, str], sink: _Sink, size: int, progr
             sink.restart()
         for chunk in response.iter_bytes(_CHUNK):
             if sink.size + len(chunk) > size:
-                raise ModelError(f"{url.rsplit('/', 1)[-1]}: more comes than the {size} bytes that the hub tells")
+                raise Refusal(f"{url.rsplit('/', 1)[-1]}: more comes than the {size} bytes that the hub tells")
             sink.write(chunk)
             progress.add(len(chunk))
     return None

@@ -18,7 +18,7 @@ from ..model.shapes import SHAPES
 from ..model.tensors import Kind, tensors
 from ..parallel.partition import Shard
 from ..startup.memory import Need, fitting
-from ..startup.opening import open_shape
+from ..startup.opening import model_config
 from ..startup.options import Kept
 from ..startup.shares import MemoryPlan, most_ranks, shards_of
 
@@ -59,13 +59,13 @@ def _more_bits(config: ModelConfig) -> dict[str, TileFormat]:
 
 
 def fitting_of_folder(folder: Path) -> Fitting:
-    """Return what is known of a model directory.
+    """Return what is known of a model directory, as its config.json tells it, kept in the default's formats.
 
     Raises:
         ModelError: its config.json cannot be used.
     """
-    opened = open_shape(str(folder))
-    return Fitting(opened.config, opened.formats(None))
+    config = model_config(str(folder))
+    return Fitting(config, WeightRecipe.parse(DEFAULT).formats(config))
 
 
 @dataclass(frozen=True)

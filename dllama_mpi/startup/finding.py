@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ModelError
 from ..hub.local import Stored, find
@@ -12,7 +13,10 @@ from ..hub.names import Name, parse_name, table_names
 from ..log import say
 from ..parallel.group import TensorParallelGroup
 from ..parallel.stream import together_at_rest
-from .opening import DEMO, RANDOM, model_folder
+from .opening import DEMO, RANDOM, model_config, model_folder
+
+if TYPE_CHECKING:
+    from ..hub.remote import Download
 
 _UNDERSTOOD = "give a folder with config.json and *.safetensors, a .gguf file, or a model of the hub as ORG/NAME"
 _NEAR = 0.6  # how alike two names must be for one to be offered for the other
@@ -82,15 +86,27 @@ def _on_root(model: str, quiet: bool, shape_alone: bool) -> Place:
     return Place(choice.model, name.repo, commit)
 
 
-def _downloaded(model: str, name: Name, quiet: bool, shape_alone: bool) -> Place:
+def download_model(name: Name, quiet: bool = False, shape_alone: bool = False) -> Download:
+    """Download a model, after a look at whether its architecture can be run.
+
+    shape_alone: be content with the config.json of a model that is a folder.
+
+    Raises:
+        ModelError: it cannot be run, or not be downloaded.
+    """
     from ..hub.remote import Download
 
+    download = Download(name, quiet)
+    if not download.choice.model:
+        model_config(str(download.config_alone()))
+    if download.choice.model or not shape_alone:
+        download.run()
+    return download
+
+
+def _downloaded(model: str, name: Name, quiet: bool, shape_alone: bool) -> Place:
     try:
-        download = Download(name, quiet)
-        if shape_alone and not download.choice.model:
-            download.config_alone()
-        else:
-            download.run()
+        download = download_model(name, quiet, shape_alone)
     except ModelError as error:
         raise ModelError(f"{error}{_also(model)}") from None
     return Place(download.choice.model, name.repo, download.repository.commit)

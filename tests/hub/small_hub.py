@@ -64,7 +64,7 @@ def is_large(path: str) -> bool:
 
 def blob_id(data: bytes) -> str:
     """Return git's digest of a file."""
-    return hashlib.sha1(b"blob %d\0" % len(data)).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -106,7 +106,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif repo not in self.hub.repos:
             self._send(404 if given else 401, b"{}", {"X-Error-Code": "RepoNotFound"} if given else {})
         elif repo in self.hub.gated and is_file:
-            self._send(403 if given else 401, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access restricted"})
+            self._send(
+                403 if given else 401, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access restricted"}
+            )
         else:
             return False
         return True
@@ -132,7 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif is_large(path):
             digest = hashlib.sha256(data).hexdigest()
             about = {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(data)), "X-Repo-Commit": self.hub.commit}
-            self._send(302, b"", {**about, "Location": f"{self.hub.url}/cdn/{repo}/{path}"})
+            elsewhere = self.hub.url.replace("127.0.0.1", "localhost")  # another host, as the hub's own contents have
+            self._send(302, b"", {**about, "Location": f"{elsewhere}/cdn/{repo}/{path}"})
         else:
             sent = self.hub.wrong.get(path, data)
             self._send(200, sent, {"ETag": f'"{blob_id(data)}"', "X-Repo-Commit": self.hub.commit})
