@@ -113,7 +113,7 @@ class Download:
     def config_alone(self) -> Path:
         """Download config.json alone, of a model that is a folder; return that folder. Raises as `run`."""
         with self._told(), _calm():
-            return self._small(self.repository.files["config.json"]).parent
+            return self._whole(self.repository.files["config.json"]).parent
 
     def run(self) -> Path:
         """Download what is missing, small files first, check all of it, and return where the model lies.
@@ -150,7 +150,7 @@ class Download:
             if file.sha256 is not None and file.size is not None:
                 self._large(file, progress)
             else:
-                self._small(file)
+                self._whole(file)
                 progress.add(file.size or 0)
 
     # ---- single files
@@ -187,12 +187,14 @@ class Download:
             )
 
     def _index(self) -> list[str]:
-        return index_of(self._small(self.repository.files[INDEX]))
+        return index_of(self._whole(self.repository.files[INDEX]))
 
-    def _small(self, file: RepoFile) -> Path:
+    def _whole(self, file: RepoFile) -> Path:
         """Bring a file as the hub's own tools do, and check it; return its place."""
         from huggingface_hub import hf_hub_download
 
+        if not self._is_here(file):
+            self._brought.add(file.path)
         path = Path(
             hf_hub_download(self._name.repo, file.path, revision=self.repository.commit, library_name="dllama_mpi")
         )
@@ -203,10 +205,18 @@ class Download:
         return path
 
     def _large(self, file: RepoFile, progress: Progress) -> None:
-        from huggingface_hub import hf_hub_download, hf_hub_url
+        from huggingface_hub import constants, hf_hub_download, hf_hub_url
         from huggingface_hub.utils import build_hf_headers
 
         commit, blob = self.repository.commit, self._stored.blobs / str(file.sha256)
+        if (file.size or 0) > constants.MAX_HTTP_DOWNLOAD_SIZE:  # the hub does not give so much in one answer
+            progress.say(f"{file.path} comes in the hub's own way, which does not go on where it was cut")
+            try:
+                self._whole(file)
+            except ValueError as error:  # without its other transfer the library does not even try
+                raise Refusal(f"{file.path}: {str(error).splitlines()[0].strip()}") from None
+            progress.add(file.size or 0)
+            return
         if not blob.is_file():
             url = hf_hub_url(self._name.repo, file.path, revision=commit)
             fetch(url, build_hf_headers(library_name="dllama_mpi"), file, self._stored.blobs, progress)

@@ -9,17 +9,16 @@ import subprocess
 import sys
 import threading
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dllama_mpi.errors import ModelError
-from dllama_mpi.hub import local, progress, remote, transfer
+from dllama_mpi.hub import local, progress, remote
 from dllama_mpi.hub.names import Name
 from dllama_mpi.hub.refusals import told
 from dllama_mpi.startup.opening import DEMO
-from tests.hub.small_hub import Hub, serving
+from tests.hub.small_hub import Hub
 
 WEIGHTS = bytes(range(256)) * 9000  # 2.3 MB: three chunks
 FOLDER = {
@@ -32,42 +31,6 @@ FOLDER = {
     "onnx/model.onnx": b"never",
 }
 Usage = namedtuple("Usage", "total used free")
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[Hub]:
-    """A hub that the library, imported afresh, is pointed to by HF_ENDPOINT."""
-    before = {name: os.environ.get(name) for name in os.environ if name.startswith(("HF_", "HUGGING"))}
-    with serving(Hub()) as hub:
-        _forget_library()
-        for name in before:
-            del os.environ[name]
-        os.environ["HF_ENDPOINT"] = hub.url
-        os.environ["HF_HUB_DISABLE_IMPLICIT_TOKEN"] = "0"
-        yield hub
-    for name in ("HF_ENDPOINT", "HF_HUB_DISABLE_IMPLICIT_TOKEN"):
-        del os.environ[name]
-    os.environ.update({name: value for name, value in before.items() if value is not None})
-    _forget_library()
-
-
-def _forget_library() -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "huggingface_hub"]:
-        del sys.modules[name]
-
-
-@pytest.fixture
-def hub(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """The hub with nothing on it, an empty disk and no token; nobody waits long."""
-    from huggingface_hub import constants
-
-    fresh = Hub(url=served.url)
-    for name, value in vars(fresh).items():
-        setattr(served, name, value)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(transfer, "PAUSES", (0.0, 0.0))
-    return served
 
 
 def get(name: str, quiet: bool = True) -> Path:
@@ -167,6 +130,7 @@ def test_another_process_goes_on_where_one_gave_up(hub: Hub) -> None:
         [sys.executable, "-c", program], env={**os.environ, "HF_HUB_CACHE": cache}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    assert "3 files of it were here, and not damaged" in done.stderr
     assert done.stdout == f"{Path(sys.executable).name} -m dllama_mpi chat --model org/model\n"
     assert " of them from before, to " in done.stderr
     (last,) = hub.contents()[begun:]
@@ -362,3 +326,12 @@ def test_lines_of_progress(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
     line, _ = capfd.readouterr().err.splitlines()
     assert line.startswith("downloading x: 50%, 2.00 GB of 4.00 GB, ")
     assert line.endswith(" left")
+
+
+def test_what_is_too_large_for_one_answer_comes_in_the_hubs_own_way(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    hub.repos["org/model"] = FOLDER
+    monkeypatch.setattr(constants, "MAX_HTTP_DOWNLOAD_SIZE", len(WEIGHTS) - 1)
+    assert "model.safetensors: The file is too large" in refusal("org/model")  # this hub has no other way
+    assert hub.contents() == []
