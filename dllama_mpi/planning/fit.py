@@ -116,7 +116,8 @@ class Fitting:
     def _sizes(self, plan: MemoryPlan, shard: Shard, hosts: list[str], key: tuple[object, ...]) -> tuple[int, int]:
         """Return the bytes that a rank needs, without a KV cache, and for one position of it."""
         if key not in self._known:
-            self._known[key] = plan.fixed(shard, hosts), plan.per_position(shard)
+            held = plan.parts(shard, hosts, PAGE)
+            self._known[key] = sum(held.values()) - held["kv_cache"], held["kv_cache"] // PAGE
         return self._known[key]
 
     def on(self, ranks: int, free: int) -> Fit | None:
