@@ -212,7 +212,7 @@ def test_tokens(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_hub_refuses(hub: Hub, status: int, headers: dict[str, str], expected: str) -> None:
-    hub.repos["org/model"], hub.statuses = FOLDER, {"/api/": [(status, headers)]}
+    hub.repos["org/model"], hub.statuses = FOLDER, {"/api/models/": [(status, headers)]}
     assert expected in refusal("org/model")
 
 
@@ -231,7 +231,7 @@ def test_contents_are_waited_for_as_long_as_is_reasonable(hub: Hub, capfd: pytes
 def test_what_is_no_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 
-    hub.statuses = {"/api/": [(200, {})]}
+    hub.statuses = {"/api/models/": [(200, {})]}
     assert "does not answer as a hub does" in refusal("org/model")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert "http://127.0.0.1:9 cannot be reached (" in refusal("org/model")
