@@ -23,7 +23,9 @@ _MOST_RANKS = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    parser.add_argument("--model", metavar="DIR", default="demo", help="model directory (default: the bundled demo)")
+    parser.add_argument(
+        "--model", metavar="MODEL", default="demo", help="model directory or name (default: the bundled demo)"
+    )
     add_random_option(parser)
     add_weights_option(parser)
     parser.add_argument("--max-seq-len", type=number(int, 1), metavar="N", help="positions (default: the model's)")
@@ -35,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the description on stdout; under a launcher only rank 0 does."""
+    from ..parallel.group import connect
     from ..parallel.launch import is_root_process, ranks_launched
+    from ..startup.finding import find_alone, find_model, is_named
     from ..startup.opening import open_model
     from ..startup.options import Kept
 
@@ -43,7 +47,10 @@ def run(args: argparse.Namespace) -> int:
         if is_root_process():
             print(_architectures(args.json), flush=True)
         return 0
-    files = open_model(model_of(args))
+    model = model_of(args)
+    is_shared = ranks_launched() > 1 and is_named(model)
+    folder = find_model(model, connect()) if is_shared else find_alone(model)
+    files = open_model(str(folder))
     kept = Kept.of(files.formats(args.weights), args.kv_type)
     sync = _measured(files.config) if ranks_launched() > 1 else []
     if not is_root_process():

@@ -24,8 +24,9 @@ from ..model.transformer import Rank, Transformer
 from ..parallel.connection import Phase
 from ..parallel.group import TensorParallelGroup, connect
 from ..parallel.partition import AUTO, parse_split
+from ..startup.finding import find_model
 from ..startup.memory import Room, available_bytes, fitting
-from ..startup.opening import RANDOM, ModelFiles, declared_stop_ids, model_folder, open_model
+from ..startup.opening import RANDOM, ModelFiles, declared_stop_ids, open_model
 from ..startup.options import Kept, Options
 from ..startup.placement import Placement, Wanted, manifest_of
 from ..startup.shares import MemoryPlan, shards_of, split_line, steady
@@ -69,11 +70,12 @@ class LLM:
         self.options = self.group.broadcast(self.options)
         o = self.options
         cores = self.group.allgather((self.group.host, runtime.usable_cores()))
-        self.folder = model_folder(o.model)
         with self.group.together():
             o.check()
             self.group.watchdog.timeout = o.timeout
-            opened = open_model(o.model) if self.group.is_root or o.model.startswith(RANDOM) else None
+        self.folder = find_model(o.model, self.group, o.quiet)
+        with self.group.together():
+            opened = open_model(str(self.folder)) if self.group.is_root or o.model.startswith(RANDOM) else None
             self._tokenizer: Tokenizer | None = self._load_tokenizer() if self.group.is_root else None
         self.config: ModelConfig
         self.config, manifest = self._agree(opened)

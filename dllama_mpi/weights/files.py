@@ -10,6 +10,7 @@ import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -191,3 +192,12 @@ def _row_scales(tensor: Tensor, entry: Entry) -> np.ndarray:
     """Return the row scales of a part of a matrix, (rows to 16s,) float32; a few columns tell them."""
     ranges = (*entry.ranges[:-1], (0, min(BLOCK, entry.whole[-1])))
     return load_matrix(tensor, entry.whole, ranges, entry.required_format).row_scales
+
+
+def model_name(folder: Path) -> str:
+    """Return the name of a model directory, for people: ORG/NAME of one in the folders of the hub's tools."""
+    path = folder.resolve()
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return path.name

@@ -24,7 +24,7 @@ import numpy as np
 from ..errors import ModelError
 from ..kernels.layout import TileFormat, aligned_empty, ceil_div
 from .checkpoint import LAYOUT, LAYOUT_KEY, LINEAGE_KEY, SCALES, Checkpoint, format_metadata, name_of
-from .files import Entry, File, Ranges, lay_out, matrix_entries, read_piece, vector_entry
+from .files import Entry, File, Ranges, lay_out, matrix_entries, model_name, read_piece, vector_entry
 from .source import Tensor, WeightSource
 
 CHECKSUMS = "checksums"
@@ -77,7 +77,7 @@ class Manifest:
         """Return the manifest of slices of a whole model; parts: those of any rank."""
         table = next(name for name, part in parts.items() if part.kind == "table")
         lineage = source.lineage(formats)
-        return cls(source.folder.resolve().name, formats, lineage, source[origin(source, table)].dtype)
+        return cls(model_name(source.folder), formats, lineage, source[origin(source, table)].dtype)
 
     def key(self, parts: Parts) -> str:
         """Return the key of a slice: 16 hexadecimal digits."""
