@@ -76,7 +76,9 @@ class Vocabulary:
         if not found:
             raise fields.error(TOKENS, "is missing or empty: there is no vocabulary", ANOTHER)
         if max(map(len, found)) > LONGEST_TOKEN or sum(map(len, found)) > MOST_CHARACTERS:
-            raise fields.error(TOKENS, f"is too long: a token may have {LONGEST_TOKEN} characters, all {MOST_CHARACTERS}")
+            raise fields.error(
+                TOKENS, f"is too long: a token may have {LONGEST_TOKEN} characters, all {MOST_CHARACTERS}"
+            )
         self.texts = [text or f"[EMPTY_{token_id}]" for token_id, text in enumerate(found)]
         self.ids = {text: token_id for token_id, text in enumerate(self.texts)}
         if len(self.ids) != len(self.texts):
@@ -142,7 +144,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any], origin: str) -> Tokenizer:
         backend.post_processor = _beginning(prefix, vocabulary)
     texts = {name: vocabulary.texts[token_id] for name, token_id in special.items() if token_id is not None}
     return Tokenizer(
-        backend, texts, add_bos and not prefix, end_ids=ends, templates=gguf_templates(metadata, origin)
+        backend, texts, add_bos and not prefix, end_ids=ends, templates=gguf_templates(metadata, origin), origin=origin
     )
 
 

@@ -40,7 +40,8 @@ class Tokenizer:
         eos_ids: the end tokens that the model's files declare.
         folders: where the tokenizer came from, first to last; a chat template is looked for in the same places.
         end_ids: more tokens that end a text.
-        templates: chat templates by name that came with the tokenizer itself.
+        templates: chat templates by name that came with the tokenizer itself, asked for before the folders'.
+        origin: where these came from, for messages.
 
     Attributes:
         vocab_size: one more than the largest token id.
@@ -60,6 +61,7 @@ class Tokenizer:
         folders: Sequence[Path] = (),
         end_ids: Iterable[int] = (),
         templates: Mapping[str, str] | None = None,
+        origin: str = "the tokenizer",
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -67,7 +69,7 @@ class Tokenizer:
         self._rules = ByteRules.of(backend)
         self._bytes: dict[int, bytes] = {}
         self.folders = tuple(folders)
-        self.templates = dict(templates or {})
+        self.templates, self.origin = dict(templates or {}), origin
         self.special_tokens = dict(special_tokens or {})
         added = backend.get_added_tokens_decoder()
         self.added_tokens = {token.content: token_id for token_id, token in added.items()}
