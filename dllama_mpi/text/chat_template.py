@@ -48,9 +48,9 @@ class ChatTemplate:
         try:
             answer = PROCESS.check(self.sources)
         except EndedError as error:
-            answer = {"broken": str(error)}
+            answer = {"exceeds": str(error)}
         if answer:
-            what = answer.get("broken") or f"cannot be used: {answer.get('failed') or 'it takes too much memory'}"
+            what = answer.get("broken") or answer.get("exceeds") or f"cannot be used: {answer.get('failed')}"
             raise ModelError(f"the chat template of {origin} {what}; {ANOTHER}")
 
     @classmethod
@@ -111,7 +111,7 @@ class ChatTemplate:
         try:
             answer = PROCESS.render(self.sources, name, values)
         except EndedError as error:
-            raise RequestError(f"the chat template of {self.origin} {error}; send less") from None
+            raise RequestError(f"the chat template of {self.origin} {error} for these messages; send less") from None
         except (TypeError, ValueError, RecursionError) as error:
             raise RequestError(f"the messages cannot be given to a chat template: {error}; send JSON") from None
         match answer:
@@ -119,10 +119,8 @@ class ChatTemplate:
                 return text
             case {"refused": why}:
                 raise RequestError(f"the model's chat template refuses these messages: {why}")
-            case {"exceeds": limit}:
-                raise RequestError(
-                    f"the chat template of {self.origin} makes more than {limit} of these messages; send less"
-                )
+            case {"exceeds": what}:
+                raise RequestError(f"the chat template of {self.origin} {what} for these messages; send less")
         raise RequestError(
             f"the chat template of {self.origin} fails on these messages: {answer.get('failed')}; "
             f'each needs a "role" and a "content" the template can read'

@@ -28,7 +28,7 @@ class Fields:
 
     def error(self, key: str, what: str, remedy: str = REMEDY) -> ModelError:
         """Return the error that `key` is not what it must be."""
-        return ModelError(f"{self.origin}: {key} {what}; {remedy}")
+        return ModelError(" ".join(f"{self.origin}: {key} {what}; {remedy}".split()))
 
     def keys_under(self, prefix: str) -> list[str]:
         """Return the keys that begin so."""
@@ -39,6 +39,8 @@ class Fields:
         value = self._metadata.get(key)
         if value is not None and not isinstance(value, str):
             raise self.error(key, f"is {_described(value)}; it must be a string")
+        if value is not None:
+            self._check(key, value)
         return value
 
     def flag(self, key: str) -> bool | None:
@@ -55,9 +57,16 @@ class Fields:
         value = self._metadata.get(key)
         if value is None:
             return None
-        if not _is_list(value) or not all(isinstance(entry, str) for entry in value):
+        if not _is_list(value) or not set(map(type, value)) <= {str, np.str_}:
             raise self.error(key, f"is {_described(value)}; it must be a list of strings")
+        self._check(key, "".join(value))
         return list(value)
+
+    def _check(self, key: str, text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # what a lenient reader leaves of bytes that are not UTF-8
+            raise self.error(key, f"has {text[error.start]!a}, which is no character") from None
 
     def numbers(self, key: str, count: int, kinds: str) -> NDArray[Any] | None:
         """Return `count` numbers whose numpy dtype is of one of `kinds`, or None if the key is not there."""

@@ -24,7 +24,7 @@ SCORES, MERGES, SPACE_PREFIX = (f"tokenizer.ggml.{name}" for name in ("scores", 
 ADD_BOS = "tokenizer.ggml.add_bos_token"
 TEMPLATE = "tokenizer.chat_template"
 LONGEST_TOKEN = 1024  # characters
-MOST_CHARACTERS = 32_000_000  # of all tokens
+MOST_CHARACTERS = 8_000_000  # of all tokens
 ANOTHER = "give a tokenizer that is known by --tokenizer"
 
 # Keys of special tokens; chat templates know them by the names of Hugging Face.

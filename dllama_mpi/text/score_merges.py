@@ -24,18 +24,16 @@ def score_merges(
         scores: one an id.
         closed: entries that are never a part of another: bytes, control tokens.
     """
-    pairs: list[tuple[str, str]] = []
-    whole: list[int] = []
+    wholes: list[str] = []
+    lefts: list[int] = []
     parts = vocab.keys() - closed
     for entry in mergeable:
         for size in range(1, len(entry)):
-            left = entry[:size]
-            if left in parts:
-                right = entry[size:]
-                if right in parts:
-                    pairs.append((left, right))
-                    whole.append(vocab[entry])
-    lefts = np.fromiter((len(left) for left, _ in pairs), np.int32, len(pairs))
-    rights = np.fromiter((len(right) for _, right in pairs), np.int32, len(pairs))
-    order = np.lexsort((-rights, -lefts, -scores[whole])) if pairs else np.zeros(0, np.intp)
-    return [pairs[n] for n in order.tolist()]
+            if entry[:size] in parts and entry[size:] in parts:
+                wholes.append(entry)
+                lefts.append(size)
+    size = np.array(lefts, np.int32)
+    score = scores[np.fromiter(map(vocab.__getitem__, wholes), np.intp, len(wholes))]
+    length = np.fromiter(map(len, wholes), np.int32, len(wholes))
+    order = np.lexsort((size - length, -size, -score)).tolist()
+    return [(wholes[n][: lefts[n]], wholes[n][lefts[n] :]) for n in order]

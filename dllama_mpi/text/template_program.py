@@ -17,6 +17,7 @@ import pprint
 import resource
 import signal
 import sys
+import textwrap
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -35,7 +36,7 @@ LONGEST_SECONDS = 5.0  # of processor time
 MOST_MEMORY = 512 << 20  # bytes beyond what the program has when it starts
 LONGEST_ERROR = 500  # characters
 # Modules that jinja2 imports when a template first needs them, when no file can be opened any more.
-PRELOADED = (jinja2.constants, jinja2.debug, pprint, codecs.lookup("unicode_escape"), codecs.lookup("ascii"))
+PRELOADED = (jinja2.constants, jinja2.debug, pprint, textwrap, codecs.lookup("unicode_escape"), codecs.lookup("ascii"))
 
 
 class _RefusedError(jinja2.TemplateError):
@@ -103,7 +104,7 @@ class Renderer:
         except _RefusedError as error:
             return {"refused": _short(error.message)}
         except MemoryError:
-            return {"exceeds": f"{MOST_MEMORY >> 20} MB of memory"}
+            return {"exceeds": f"takes more than {MOST_MEMORY >> 20} MB of memory"}
         except Exception as error:  # the template is the model's program; the messages are the user's
             return {"failed": f"{type(error).__name__}: {_short(str(error))}"}
 
@@ -112,7 +113,7 @@ class Renderer:
         for piece in self._templates[name].generate(variables):
             length += len(piece)
             if length > LONGEST_PROMPT:
-                return {"exceeds": f"{LONGEST_PROMPT} characters"}
+                return {"exceeds": f"makes more than {LONGEST_PROMPT} characters"}
             pieces.append(piece)
         return {"text": "".join(pieces)}
 
