@@ -17,9 +17,10 @@ from typing import Any
 
 PROGRAM = Path(__file__).with_name("template_program.py")
 # Isolated, then with the paths of this process, so that it finds the same jinja2.
-START = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+START = "import runpy, sys; sys.path[:] = sys.argv[3:]; runpy.run_path(sys.argv[1], run_name='__main__')"
 # What it may know of this process's environment.
 ENVIRONMENT = ("PATH", "HOME", "TZ", "LANG", "LC_ALL", "LC_CTYPE", "LC_TIME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
+LONGEST_SECONDS = 5.0  # of processor time
 LONGEST_WAIT = 60.0  # seconds for an answer, of a process that has no processor, or has been stopped
 LONGEST_ANSWER = 256 << 20  # bytes
 
@@ -90,7 +91,7 @@ class TemplateProcess:
             status = process.returncode
             self.close()
             if time_is_up or status == -signal.SIGPROF:
-                raise EndedError("takes too long") from None
+                raise EndedError(f"takes longer than {LONGEST_SECONDS:g} s") from None
             how = f"by signal {-status}" if status is not None and status < 0 else f"with status {status}"
             raise EndedError(f"ends the process that renders it, {how}") from None
         if "exceeds" in answer:  # and has the memory now
@@ -100,7 +101,7 @@ class TemplateProcess:
 
 def _started() -> subprocess.Popen[bytes]:
     """Start the program, in a session of its own: what a terminal sends to this one does not reach it."""
-    command = [sys.executable, "-I", "-c", START, str(PROGRAM), *sys.path]
+    command = [sys.executable, "-I", "-c", START, str(PROGRAM), str(LONGEST_SECONDS), *sys.path]
     environment = {name: value for name, value in os.environ.items() if name in ENVIRONMENT}
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
     process = subprocess.Popen(
