@@ -126,7 +126,7 @@ _JAIS2_SPACES = "|".join([*(rf"\s{{{1 << n}}}(?!\S)" for n in range(9, 1, -1)), 
 _KINDS: dict[str, PreTokenizer] = {
     # What is assumed of files from before there were names.
     "default": _split(r"[\p{P}$+<=>^~|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"),
-    "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2": _LLAMA3,
+    "llama3 llama-v3 llama-bpe falcon3 pixtral midm-2.0 lfm2": _LLAMA3,
     "dbrx smaug-bpe": _split(_CL100K),
     "chatglm-bpe": _GLM,
     "glm4 glm5": replace(_GLM, ignore_merges=True),
@@ -134,7 +134,6 @@ _KINDS: dict[str, PreTokenizer] = {
     "qwen35": replace(_split(_QWEN35), nfc=True),
     "stablelm2 hunyuan solar-open grok-2": _split(_QWEN2),
     "ufakzeka": _split(rf"{_WORD}|\p{{N}}|{_MARKS}|{_LINES}|{_SPACES}"),
-    "laguna": _split(r"[^\n]+|[\n]+", _QWEN2),
     "seed-coder": _split(rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_LINES}|{_SPACES}"),
     "minicpm5": replace(
         _split(r"\p{N}{1,3}", rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}+|{_MARKS}|{_LINES}|{_SPACES}"), ignore_merges=True

@@ -32,8 +32,8 @@ def score_merges(
             if entry[:size] in parts and entry[size:] in parts:
                 wholes.append(entry)
                 lefts.append(size)
-    size = np.array(lefts, np.int32)
+    left = np.array(lefts, np.int32)
     score = scores[np.fromiter(map(vocab.__getitem__, wholes), np.intp, len(wholes))]
     length = np.fromiter(map(len, wholes), np.int32, len(wholes))
-    order = np.lexsort((size - length, -size, -score)).tolist()
+    order = np.lexsort((left - length, -left, -score)).tolist()
     return [(wholes[n][: lefts[n]], wholes[n][lefts[n] :]) for n in order]

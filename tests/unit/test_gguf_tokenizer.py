@@ -280,7 +280,7 @@ def test_a_template_that_is_no_string() -> None:
 
 def test_any_metadata_is_read_or_refused_in_one_line() -> None:
     rng = random.Random(5)
-    odd = [
+    odd: list[Any] = [
         None, -1, 0, 2**63, -(2**70), 1.5, float("nan"), "", "a b", "\ud800", True, b"ab", [], [1], ["a"], [["a"]],
         {}, np.zeros(3), np.array([1, 2], np.uint64), [None], ["a  b"], ["", ""],
     ]  # fmt: skip

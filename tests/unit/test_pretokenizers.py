@@ -25,7 +25,6 @@ EXPECTED = {
     "hunyuan": QWEN2,
     "bailingmoe": QWEN2,
     "qwen35": QWEN2.replace("e|\u0301té", "e\u0301té"),
-    "laguna": QWEN2.replace("//\n", "//|\n"),
     "seed-coder": QWEN2.replace("//\n", "//|\n"),
     "gpt-4o": O200K,
     "minimax-m2": O200K,
