@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import selectors
@@ -26,7 +27,7 @@ LONGEST_ANSWER = 256 << 20  # bytes
 
 
 class EndedError(Exception):
-    """The process was ended before it answered; the message says what it did: "takes more than ..."."""
+    """The process was ended before it answered, or not started; the message says why: "takes longer than ..."."""
 
 
 class TemplateProcess:
@@ -84,29 +85,41 @@ class TemplateProcess:
             process = self._process = _started()
         try:
             answer = _exchange(process, request)
-        except (EOFError, BrokenPipeError, TimeoutError, ValueError) as error:
-            time_is_up = isinstance(error, TimeoutError)
-            if not time_is_up:
+        except (EOFError, BrokenPipeError):
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(LONGEST_WAIT)
             status = process.returncode
             self.close()
-            if time_is_up or status == -signal.SIGPROF:
+            if status == -signal.SIGPROF:
                 raise EndedError(f"takes longer than {LONGEST_SECONDS:g} s") from None
             how = f"by signal {-status}" if status is not None and status < 0 else f"with status {status}"
             raise EndedError(f"ends the process that renders it, {how}") from None
+        except TimeoutError:
+            self.close()
+            raise EndedError(f"takes longer than {LONGEST_WAIT:g} s") from None
+        except BaseException:  # such as Ctrl-C: the answer would be taken for that of the next question
+            self.close()
+            raise
         if "exceeds" in answer:  # and has the memory now
             self.close()
         return answer
 
 
 def _started() -> subprocess.Popen[bytes]:
-    """Start the program, in a session of its own: what a terminal sends to this one does not reach it."""
+    """Start the program, in a session of its own: what a terminal sends to this one does not reach it.
+
+    Raises:
+        EndedError: it cannot be started.
+    """
     command = [sys.executable, "-I", "-c", START, str(PROGRAM), str(LONGEST_SECONDS), *sys.path]
     environment = {name: value for name, value in os.environ.items() if name in ENVIRONMENT}
     pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-    process = subprocess.Popen(
-        command, stdin=pipe, stdout=pipe, stderr=nothing, bufsize=0, env=environment, start_new_session=True
-    )
+    try:
+        process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=nothing, bufsize=0, env=environment, start_new_session=True
+        )
+    except OSError as error:
+        raise EndedError(f"needs a process of its own, which cannot be started: {error}") from None
     for end in (process.stdin, process.stdout):
         if end is not None:
             os.set_blocking(end.fileno(), False)

@@ -122,12 +122,13 @@ def _short(text: str | None) -> str:
 
 
 def limit() -> None:
-    """Give up, for good, more memory, opening files, and writing any but to the pipe that is open."""
+    """Give up, for good, more memory, other processes, opening files, and writing to any but the pipe that is open."""
     time.localtime()  # reads the time zone's file
     for what, most in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_FSIZE, 0),
         (resource.RLIMIT_NOFILE, 3),
+        (resource.RLIMIT_NPROC, 0),
         (resource.RLIMIT_AS, _memory_in_use() + MOST_MEMORY),
     ):
         with contextlib.suppress(ValueError, OSError):  # macOS takes no limit of the address space

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -116,6 +118,40 @@ def test_it_starts_again_when_it_was_ended() -> None:
     with pytest.raises(RequestError, match="by signal 9"):
         template.render(CHAT)
     assert template.render(CHAT) == "user"
+
+
+def test_an_interrupt_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate({"default": "{{ messages[0].content }}"}, {}, "t")
+    with monkeypatch.context() as patched:
+        patched.setattr(template_process, "_wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            template.render([{"role": "user", "content": "first"}])
+    assert template.render([{"role": "user", "content": "second"}]) == "second"
+
+
+def interrupted(descriptor: int, event: int, end: float) -> None:
+    """Be interrupted where an answer is waited for."""
+    if event == selectors.EVENT_READ:
+        raise KeyboardInterrupt
+
+
+def test_one_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate({"default": "{{ messages[0].role }}"}, {}, "t")
+    process = PROCESS._process
+    assert process is not None
+    process.send_signal(signal.SIGSTOP)
+    with monkeypatch.context() as patched:
+        patched.setattr(template_process, "LONGEST_WAIT", 0.2)
+        with pytest.raises(RequestError, match=r"takes longer than 0\.2 s"):
+            template.render(CHAT)
+    assert template.render(CHAT) == "user"
+
+
+def test_a_process_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    PROCESS.close()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(ModelError, match="cannot be started"):
+        render("x")
 
 
 def test_templates_and_threads_do_not_mix() -> None:
