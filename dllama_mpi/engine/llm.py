@@ -119,10 +119,8 @@ class LLM:
         self._runner = Runner(self._model, self.group)
         slots = self.memory.slots if c.has_state else 0
         window = c.window if self.window_pages else 0
-        self._limits = Limits(
-            o.max_batch, self.pages, o.prefill_chunk, drafts, slots, c.can_reuse, o.step_limit, o.responsive,
-            window=window, window_pages=self.window_pages,
-        )  # fmt: skip
+        limits = (o.max_batch, self.pages, o.prefill_chunk, drafts, slots, c.can_reuse, o.step_limit, o.responsive)
+        self._limits = Limits(*limits, window=window, window_pages=self.window_pages)
         self.engine = self._new_engine()
         self._in_session = False
         self._active: list[int] = []  # the requests of the call that is being made
