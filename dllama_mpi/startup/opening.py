@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..architectures.gguf import gguf_config, gguf_source
 from ..architectures.registry import architecture_of, read_config, read_model_config
 from ..errors import ModelError
 from ..kernels.layout import TileFormat
@@ -18,6 +19,8 @@ from ..model.tensors import HEAD, TABLE, Kind, tensors
 from ..text.files import read_json
 from ..text.tokenizer import declared_ids
 from ..weights.checkpoint import Checkpoint
+from ..weights.gguf import GgufModel, gguf_in
+from ..weights.gguf_tensors import GgufTensors
 from ..weights.mapped import MappedSource
 from ..weights.random import RandomSource
 from ..weights.slices import SliceCheckpoint, slices_in
@@ -86,6 +89,8 @@ def model_config(model: str) -> ModelConfig:
     if model.startswith(RANDOM):
         return read_model_config(shape_config(model.removeprefix(RANDOM)), model)
     folder = model_folder(model)
+    if (gguf := gguf_in(folder)) is not None:
+        return gguf_config(GgufTensors(GgufModel(gguf)))
     return read_model_config(read_config(folder), str(folder / "config.json"))
 
 
@@ -95,13 +100,13 @@ def open_model(model: str, check: bool = True) -> ModelFiles:
     Raises:
         UsageError: no such shape. ModelError: files that are missing, damaged or do not fit the config.
     """
-    config = model_config(model)
     if model.startswith(RANDOM):
+        config = model_config(model)
         return ModelFiles(Path(model), config, random_source(model, config))
     folder = model_folder(model)
-    found = open_folder(folder, config)
+    found = open_folder(folder, None)
     if check and found.source is not None:
-        check_files(found.source, config)
+        check_files(found.source, found.config)
     return found
 
 
@@ -112,17 +117,29 @@ def open_shape(model: str) -> ModelFiles:
         UsageError: no such shape. ModelError: files that are there, but cannot be read.
     """
     folder = model_folder(model)
-    if model.startswith(RANDOM) or any(folder.glob("*.safetensors")):
+    if model.startswith(RANDOM) or has_weights(folder):
         return open_model(model, check=False)
     return ModelFiles(folder, model_config(model), None)
 
 
-def open_folder(folder: Path, config: ModelConfig) -> ModelFiles:
-    """Open a model directory: a whole model's files, or slices of one.
+def has_weights(folder: Path) -> bool:
+    """Return whether a path names a file of weights, or a folder that has some."""
+    return folder.is_file() or any(any(folder.glob(f"*.{kind}")) for kind in ("safetensors", "gguf"))
+
+
+def open_folder(folder: Path, config: ModelConfig | None) -> ModelFiles:
+    """Open a model directory, a whole model's files or slices of one, or a GGUF file.
+
+    config: where another rank has read it already; None: what the files say.
 
     Raises:
-        ModelError: there is neither, or a file is damaged.
+        ModelError: there is none, or a file is damaged.
     """
+    if (gguf := gguf_in(folder)) is not None:
+        tensors_of = GgufTensors(GgufModel(gguf))
+        config = config or gguf_config(tensors_of)
+        return ModelFiles(gguf, config, gguf_source(tensors_of, config))
+    config = config or read_model_config(read_config(folder), str(folder / "config.json"))
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         slices = slices_in(folder)
         if slices:
