@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ModelError
 from ..kernels.layout import FORMATS, TileFormat
-from ..model.config import AttentionConfig, ModelConfig
+from ..model.config import ModelConfig
 from ..model.tensors import HEAD, TABLE, Kind, tensors
 from ..weights.gguf_tensors import GgufTensors
 from ..weights.mapped import MappedSource, Place
@@ -32,6 +32,8 @@ def _layers(f: Fields) -> int:
 
 
 def _scaling(f: Fields) -> Json | None:
+    if f.has("rope_freqs.weight"):  # Llama 3.1 and later
+        return {"rope_type": "divided", "factors": f.factors("rope_freqs.weight")}
     kind = f.get("rope.scaling.type", "linear" if f.get("rope.scale_linear") else "none")
     if kind == "none":
         return None
@@ -314,8 +316,8 @@ def _family(f: Fields) -> GgufFamily:
     return FAMILIES[f.kind]
 
 
-def gguf_config(source: GgufTensors) -> ModelConfig:
-    """Return what a file's metadata say of a model.
+def gguf_json(source: GgufTensors) -> Json:
+    """Return what a file's metadata say of a model as a config.json.
 
     Raises:
         ModelError: an architecture that is not known, or metadata that are missing or cannot be.
@@ -323,26 +325,18 @@ def gguf_config(source: GgufTensors) -> ModelConfig:
     f = Fields(source)
     family = _family(f)
     try:
-        config = read_model_config(family.read(f), f.where)
+        return family.read(f)
     except (TypeError, ValueError, ArithmeticError) as error:
         raise ModelError(f"{f.where}: metadata that do not fit the architecture {f.kind}: {error}") from None
-    return _divided(config, f) if f.has("rope_freqs.weight") else config
 
 
-def _divided(config: ModelConfig, f: Fields) -> ModelConfig:
-    """Return a config whose rotations are divided by the factors that the file has for them (Llama 3.1 and later)."""
-    found = tuple(f.factors("rope_freqs.weight"))
-    layers = []
-    for layer in config.layers:
-        mixer = layer.mixer
-        if isinstance(mixer, AttentionConfig) and mixer.rope.kind != "none":
-            if mixer.rope.kind != "default" or mixer.rope.dim != 2 * len(found):
-                raise ModelError(
-                    f"{f.where}: tensor rope_freqs.weight has {len(found)} factors for {mixer.rope.dim} dimensions"
-                )
-            mixer = replace(mixer, rope=replace(mixer.rope, kind="divided", short_factors=found))
-        layers.append(replace(layer, mixer=mixer))
-    return replace(config, layers=tuple(layers))
+def gguf_config(source: GgufTensors) -> ModelConfig:
+    """Return the same, read.
+
+    Raises:
+        ModelError: as there, or a value that cannot be.
+    """
+    return read_model_config(gguf_json(source), str(source.folder))
 
 
 def gguf_source(source: GgufTensors, config: ModelConfig) -> MappedSource:

@@ -46,12 +46,14 @@ def run(args: argparse.Namespace) -> int:
             raise UsageError("--only R and --ranks N belong together, and --split to them; give both or neither")
         opened = open_model(args.source)
         config, source, formats = opened.config, opened.whole, opened.formats(args.weights)
+        if group.is_root and (said := opened.requantised(args.weights)):
+            say(said)
         if args.only is not None:
             files = _slices(args, opened)
     if args.only is None:
-        size = convert(Conversion(source, formats, whole_parts(config), True), destination, group)
+        size = convert(Conversion(source, formats, whole_parts(config), True, opened.small_files()), destination, group)
     else:
-        convert_slices(source, destination, files, group, True)
+        convert_slices(source, destination, files, group, True, opened.small_files())
         size = sum(file.size for file in files.values())
     if group.is_root:
         bits, seconds = bits_per_weight(config, formats), time.perf_counter() - started

@@ -74,6 +74,8 @@ class LLM:
             o.check()
             self.group.watchdog.timeout = o.timeout
             opened = self._open() if self.group.is_root or o.model.startswith(RANDOM) else None
+            if opened is not None and not o.quiet and (said := opened.requantised(o.weights)):
+                say(said)
             self._tokenizer: Tokenizer | None = self._load_tokenizer() if self.group.is_root else None
         self.config: ModelConfig
         self.config, manifest = self._agree(opened)

@@ -1,7 +1,7 @@
 """From the blocks of GGUF files to tiles: code for code where a format keeps them, else by way of float32.
 
-Codes stay what they are for Q4_0 (q40), Q5_0 and Q8_0 (q80), IQ4_NL (iq4nl), all exactly, for IQ4_XS (iq4nl; the product
-of its two scales is rounded to float16), Q4_1 and Q4_K (q4m; steps and minima become multiples of the row's D).
+Codes stay what they are for Q4_0 (q40), Q5_0 and Q8_0 (q80), IQ4_NL (iq4nl), all exactly, for IQ4_XS (iq4nl; the
+product of its two scales is rounded to float16), Q4_1 and Q4_K (q4m; steps and minima become multiples of the row's D).
 """
 
 from __future__ import annotations

@@ -7,15 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KINDS = (
-    "none",
-    "default",
-    "linear",
-    "dynamic",
-    "yarn",
-    "llama3",
-    "longrope",
-)  # what config.json files may name, and none
+KINDS = ("none", "default", "linear", "dynamic", "yarn", "llama3", "longrope", "divided")
 
 
 @dataclass(frozen=True)

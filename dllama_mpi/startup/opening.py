@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..architectures.gguf import gguf_config, gguf_source
+from ..architectures.gguf import gguf_config, gguf_json, gguf_source
 from ..architectures.registry import architecture_of, read_config, read_model_config
 from ..errors import ModelError
 from ..kernels.layout import TileFormat
 from ..model.build import check_files
 from ..model.config import ModelConfig
-from ..model.recipe import DEFAULT, WeightRecipe
+from ..model.recipe import DEFAULT, WeightRecipe, bits_per_weight
 from ..model.shapes import shape_config
 from ..model.tensors import HEAD, TABLE, Kind, tensors
 from ..text.files import read_json
 from ..text.tokenizer import declared_ids
 from ..weights.checkpoint import Checkpoint
-from ..weights.gguf import GgufModel, gguf_in
+from ..weights.gguf import GgufFile, GgufModel, Metadata, gguf_in, split_set
 from ..weights.gguf_tensors import GgufTensors
 from ..weights.mapped import MappedSource
 from ..weights.random import RandomSource
@@ -27,6 +28,7 @@ from ..weights.slices import SliceCheckpoint, slices_in
 from ..weights.source import WeightSource
 
 RANDOM = "random:"  # begins the name of a model that is a shape, and on no disk
+METADATA = "metadata.gguf"  # in a folder that was converted from a GGUF file: what that said beside its tensors
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 
 
@@ -36,13 +38,14 @@ class ModelFiles:
 
     Attributes:
         folder: where its small files lie. config: its shape. source: the whole model's tensors; None if the folder has
-            slices alone, or nothing that was opened. slices: those.
+            slices alone, or nothing that was opened. slices: those. gguf: the tensors of a GGUF file, as they lie.
     """
 
     folder: Path
     config: ModelConfig
     source: WeightSource | None
     slices: Sequence[SliceCheckpoint] = ()
+    gguf: GgufTensors | None = None
 
     def formats(self, weights: str | None) -> dict[str, TileFormat]:
         """Return the format of every matrix: what `--weights` says, else what the files hold, else the default.
@@ -62,6 +65,26 @@ class ModelFiles:
             path = self.slices[0].path
             raise ModelError(f"{path} holds other weights than {weights}; leave out --weights, or give the whole model")
         return wanted
+
+    def small_files(self) -> dict[str, bytes]:
+        """Return what a converted model needs besides tensors and the folder has no file of: a GGUF file's metadata."""
+        if self.gguf is None:
+            return {}
+        config = json.dumps(gguf_json(self.gguf), indent=2) + "\n"
+        return {"config.json": config.encode(), METADATA: self.gguf.model.files[0].without_tensors()}
+
+    def requantised(self, weights: str | None) -> str:
+        """Return what is to be said where `--weights` makes something else of a quantised GGUF file; "" if nothing."""
+        if self.gguf is None or weights is None or self.source is None or not self.source.formats:
+            return ""
+        held, wanted = self.formats(None), self.formats(weights)
+        if held == wanted:
+            return ""
+        bits = [bits_per_weight(self.config, formats) for formats in (held, wanted)]
+        return (
+            f"--weights {weights}: {self.folder.name} is quantised already and is requantised, from {bits[0]:.2f} to"
+            f" {bits[1]:.2f} bits a weight; without --weights it stays as it is"
+        )
 
     @property
     def whole(self) -> WeightSource:
@@ -138,7 +161,7 @@ def open_folder(folder: Path, config: ModelConfig | None) -> ModelFiles:
     if (gguf := gguf_in(folder)) is not None:
         tensors_of = GgufTensors(GgufModel(gguf))
         config = config or gguf_config(tensors_of)
-        return ModelFiles(gguf, config, gguf_source(tensors_of, config))
+        return ModelFiles(gguf, config, gguf_source(tensors_of, config), gguf=tensors_of)
     config = config or read_model_config(read_config(folder), str(folder / "config.json"))
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         slices = slices_in(folder)
@@ -160,9 +183,23 @@ def random_source(name: str, config: ModelConfig) -> RandomSource:
     return RandomSource(name, shapes, next(spec.name for spec in tensors(config) if spec.kind is Kind.TABLE) or TABLE)
 
 
+def gguf_metadata(folder: Path) -> Metadata | None:
+    """Return the metadata of the GGUF file that a model is, or was converted from; None of another model.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    kept = folder / METADATA
+    found = kept if kept.is_file() else gguf_in(folder)
+    return None if found is None else GgufFile(split_set(found)[0]).metadata
+
+
 def declared_stop_ids(folder: Path) -> list[int]:
     """Return the stop tokens that generation_config.json and config.json name; for models without a tokenizer."""
     ids: set[int] = set()
+    if (metadata := gguf_metadata(folder)) is not None:
+        named = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+        ids.update(each for each in named if type(each) is int)
     for name in ("generation_config.json", "config.json"):
         with contextlib.suppress(ModelError):
             ids.update(declared_ids(read_json(folder / name), "eos_token_id"))

@@ -19,7 +19,8 @@ from ..parallel.partition import Shard
 from ..parallel.stream import together_at_rest
 from ..weights.cache import NoRoom, SliceWriter, WeightCache, remove
 from ..weights.checkpoint import name_of
-from ..weights.slices import DamagedSlice, Manifest, SliceCheckpoint, SliceInMemory
+from ..weights.slice_tensors import DamagedSlice
+from ..weights.slices import Manifest, SliceCheckpoint, SliceInMemory
 from ..weights.source import WeightSource
 from ..weights.transfer import receive_slice, send_slices
 from .opening import ModelFiles, has_weights, open_folder

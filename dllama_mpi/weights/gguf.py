@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +34,8 @@ _SPLIT = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$
 _SAMPLE_BYTES = 4096
 
 
-class _List(NamedTuple):
+@dataclass(frozen=True)
+class _List:
     """A list in a file that nobody has asked for yet; kind: of its elements."""
 
     kind: int
@@ -82,7 +83,7 @@ class Metadata(Mapping[str, Any]):
         return np.frombuffer(self._data, kind, value.count, value.start).copy()
 
     def _strings(self, where: _List) -> Iterator[str]:
-        view, at = memoryview(self._data), where.start
+        view, at = self._data.data, where.start
         for _ in range(where.count):
             (length,) = struct.unpack_from("<Q", view, at)
             yield str(view[at + 8 : at + 8 + length], "utf-8", "replace")
@@ -113,7 +114,7 @@ class _Reader:
         size = struct.calcsize("<" + code)
         if self.at + size > self.data.size:
             raise self.error(f"ends within its header, at byte {self.data.size}")
-        (value,) = struct.unpack_from("<" + code, self.data, self.at)
+        (value,) = struct.unpack_from("<" + code, self.data.data, self.at)
         self.at += size
         return value
 
@@ -178,6 +179,7 @@ class GgufFile:
         reader = _Reader(path, self.data)
         tensors, keys = self._read_start(reader)
         self._read_metadata(reader, keys)
+        self._end_of_keys = reader.at
         self.tensors = self._read_tensors(reader, tensors)
 
     def _read_start(self, reader: _Reader) -> tuple[int, int]:
@@ -262,6 +264,10 @@ class GgufFile:
     def bytes_of(self, info: TensorInfo) -> np.ndarray:
         """Return a tensor's bytes, (n,) uint8, mapped."""
         return self.data[info.start : info.start + info.size]
+
+    def without_tensors(self) -> bytes:
+        """Return a GGUF file of the metadata alone."""
+        return self.data[:8].tobytes() + bytes(8) + self.data[16 : self._end_of_keys].tobytes()
 
     def sample(self, digest: Any) -> None:
         """Put size, header and 4 KB from the middle of each tensor into a digest."""
