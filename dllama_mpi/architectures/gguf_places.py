@@ -128,9 +128,9 @@ def _heads(c: DeltaNetConfig, is_tiled: bool, size: int) -> list[int] | None:
 
     is_tiled: each key head's first value heads come first there, then each one's second, ...
     """
-    if not is_tiled:
-        return None
     ratio = c.num_value_heads // c.num_key_heads
+    if not is_tiled or ratio == 1:
+        return None
     order = [v * c.num_key_heads + k for k in range(c.num_key_heads) for v in range(ratio)]
     return [size * head + i for head in order for i in range(size)]
 
