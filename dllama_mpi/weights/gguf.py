@@ -126,6 +126,13 @@ class _Reader:
         self.at += length
         return value
 
+    def name(self, what: str) -> str:
+        """Return a text that messages may have in their one line."""
+        found = self.text(what, _MOST_NAME)
+        if not found.isprintable():
+            raise self.error(f"{what} is {ascii(found)[:80]}")
+        return found
+
     def value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
             return self.text(f"metadata {key}")
@@ -204,7 +211,7 @@ class GgufFile:
 
     def _read_metadata(self, reader: _Reader, count: int) -> None:
         for _ in range(count):
-            key = reader.text("a key", _MOST_NAME)
+            key = reader.name("a key")
             if key in self.metadata:
                 raise reader.error(f"metadata {key[:80]} is there twice")
             self.metadata.put(key, reader.value(reader.number("I"), key[:80]))
@@ -243,7 +250,7 @@ class GgufFile:
 
     def _read_tensor(self, reader: _Reader) -> TensorInfo:
         """Return a tensor whose start is still that in the data."""
-        name = reader.text("a tensor's name", _MOST_NAME)
+        name = reader.name("a tensor's name")
         shown, dims = name[:80], reader.number("I")
         if not 1 <= dims <= _MOST_DIMS:
             raise reader.error(f"tensor {shown} has {dims} dimensions")
