@@ -42,6 +42,8 @@ def _short(model: GgufModel, key: str) -> Any:
     if count is not None:
         return f"{count} values"
     value = model.metadata[key]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return value if not isinstance(value, str) or len(value) <= _LONGEST else value[: _LONGEST - 3] + "..."
 
 
