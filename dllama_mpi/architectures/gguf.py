@@ -17,6 +17,7 @@ from .gguf_places import SKIPPED, places
 from .registry import read_model_config
 
 Json = dict[str, Any]
+_MOST_LAYERS = 1024
 
 
 def _vocabulary(f: Fields) -> int:
@@ -28,7 +29,10 @@ def _vocabulary(f: Fields) -> int:
 def _layers(f: Fields) -> int:
     """Return the decoder's layers: those that predict further tokens come after them."""
     count, later = f.need("block_count"), f.one("nextn_predict_layers", 0)
-    return int(count) - (later if isinstance(later, int) else 0)
+    if not isinstance(count, int) or not isinstance(later, int) or not 0 <= later < count <= _MOST_LAYERS:
+        said = f"{f.kind}.block_count is {str(count)[:30]} and nextn_predict_layers {str(later)[:30]}"
+        raise ModelError(f"{f.where}: {said}; they must be whole numbers up to {_MOST_LAYERS}, the first one larger")
+    return count - later
 
 
 def _scaling(f: Fields) -> Json | None:

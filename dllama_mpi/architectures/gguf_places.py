@@ -49,12 +49,19 @@ def places(config: ModelConfig, names: Collection[str], permuted: bool) -> dict[
     """
     found: dict[str, Place] = {}
     for spec in tensors(config):
-        candidates = list(_candidates(config, spec.name, permuted))
-        found[spec.name] = next((each for each in candidates if all(n in names for n in each.names)), candidates[0])
+        first: Place | None = None
+        for place in _candidates(config, spec.name, permuted, names):
+            first = first or place
+            if all(each in names for each in place.names):
+                first = place
+                break
+        assert first is not None
+        found[spec.name] = first
     return found
 
 
-def _candidates(config: ModelConfig, name: str, permuted: bool) -> Iterator[Place]:
+def _candidates(config: ModelConfig, name: str, permuted: bool, names: Collection[str]) -> Iterator[Place]:
+    """Yield where a tensor may be, the place that is most likely first."""
     if name in _WHOLE:
         yield from map(Ref, _WHOLE[name])
         return
@@ -73,7 +80,7 @@ def _candidates(config: ModelConfig, name: str, permuted: bool) -> Iterator[Plac
     elif rest.startswith("conv."):
         yield _short_conv(config, blk, rest.removeprefix("conv."))
     else:
-        yield from _feed(layer.feed, blk, rest.removeprefix("mlp."))
+        yield from _feed(layer.feed, blk, rest.removeprefix("mlp."), names)
 
 
 def _attention(c: AttentionConfig, blk: str, rest: str, permuted: bool) -> Iterator[Place]:
@@ -93,7 +100,7 @@ def _attention(c: AttentionConfig, blk: str, rest: str, permuted: bool) -> Itera
     yield Ref(f"{blk}attn_qkv.{leaf}", rows=fused)
 
 
-def _feed(c: MLPConfig | ExpertsConfig, blk: str, rest: str) -> Iterator[Place]:
+def _feed(c: MLPConfig | ExpertsConfig, blk: str, rest: str, names: Collection[str]) -> Iterator[Place]:
     if isinstance(c, MLPConfig):
         part, leaf = rest.split(".")
         yield Ref(f"{blk}ffn_{_PARTS[part]}.{leaf}")
@@ -113,7 +120,8 @@ def _feed(c: MLPConfig | ExpertsConfig, blk: str, rest: str) -> Iterator[Place]:
         inner = c.expert.intermediate_size
         rows = slice(0, inner) if part == "gate_proj" else slice(inner, 2 * inner)
         yield Ref(f"{blk}ffn_gate_up_exps.{leaf}", rows=rows, stacked=True)
-    yield Stack(tuple(Ref(f"{blk}ffn_{_PARTS[part]}.{e}.{leaf}") for e in range(c.num_experts)))
+    if f"{blk}ffn_{_PARTS[part]}.0.{leaf}" in names:  # older files have the experts one by one
+        yield Stack(tuple(Ref(f"{blk}ffn_{_PARTS[part]}.{e}.{leaf}") for e in range(c.num_experts)))
 
 
 def _short_conv(config: ModelConfig, blk: str, rest: str) -> Place:

@@ -77,8 +77,9 @@ class BlockTensor(Tensor):
             ModelError: a scale is no number.
         """
         is_mxfp4 = self.type.name == "MXFP4"
-        if not self.type.is_compiled or (fmt is MXFP4 and not is_mxfp4):
-            return None
+        inside = all(stop <= size for (_, stop), size in zip(ranges, self.shape, strict=True))
+        if not self.type.is_compiled or (fmt is MXFP4 and not is_mxfp4) or not inside:
+            return None  # what is beyond the tensor is refused where its shape is checked
         *experts, rows, cols = ranges
         matrix = empty_matrix(fmt, tuple(stop - start for start, stop in ranges))
         if not matrix.tiles.size:

@@ -361,8 +361,11 @@ def gguf_in(path: Path) -> Path | None:
         ModelError: there are several.
     """
     if path.is_file():
-        with path.open("rb") as file:
-            return path if path.suffix == ".gguf" or file.read(4) == MAGIC else None
+        try:
+            with path.open("rb") as file:
+                return path if path.suffix == ".gguf" or file.read(4) == MAGIC else None
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read: {error}") from None
     if not path.is_dir() or any(path.glob("*.safetensors")):
         return None
     files = sorted(each for each in path.glob("*.gguf") if not each.name.startswith("mmproj"))  # of images

@@ -58,6 +58,9 @@ class Place(Protocol):
         """Return the same place where the checkpoint's names are others."""
 
 
+PLAIN_DTYPES = ("F32", "F16", "BF16")
+
+
 @dataclass(frozen=True)
 class Ref:
     """A tensor, or a part of one, of a checkpoint.
@@ -95,6 +98,8 @@ class Ref:
     def open(self, name: str, source: Tensors) -> Tensor:
         """Return the tensor under the table's name."""
         tensor = source[self.name]
+        if tensor.dtype not in PLAIN_DTYPES and (self.flat or self.single or self.add or self.exponents):
+            raise ModelError(f"tensor {self.name} is {tensor.dtype}; only {', '.join(PLAIN_DTYPES)} can be read here")
         data = tensor.data if self.index is None else tensor.data[self.index]
         if self.transposed:
             data = data.swapaxes(-1, -2)
@@ -102,10 +107,10 @@ class Ref:
         if isinstance(self.rows, slice):
             of_each = (data.ndim == 3 and not self.flat) or self.stacked
             data = data[:, self.rows] if of_each else data[self.rows]
-        elif self.rows is not None and self.flat:
-            data = data[np.asarray(self.rows)]
         elif self.rows is not None:
-            order = np.asarray(self.rows)
+            order = self._order(self.rows, data.shape[0])
+            if self.flat:
+                data, order = data[order], None
         if self.flat or self.single:
             data = data.reshape(-1 if self.flat else (1, -1))
         # What is fused is read by several tensors in turn: its pages stay.
@@ -115,7 +120,27 @@ class Ref:
         made = replace(tensor, name=name, data=data, order=order, release=release)
         if self.columns is None:
             return made
-        return Reordered(name, made.dtype, made.data, whole=made, first=np.asarray(self.columns)[::BLOCK])
+        columns = self._order(self.columns, tensor.shape[-1])
+        blocks = columns[: len(columns) // BLOCK * BLOCK].reshape(-1, BLOCK)
+        if (
+            blocks.size < columns.size
+            or (blocks - blocks[:, :1] != np.arange(BLOCK)).any()
+            or (blocks[:, 0] % BLOCK).any()
+        ):
+            raise ModelError(f"tensor {self.name}: columns are in an order that takes blocks of {BLOCK} apart")
+        return Reordered(name, made.dtype, made.data, whole=made, first=blocks[:, 0].copy())
+
+    def _order(self, wanted: Sequence[int], count: int) -> np.ndarray:
+        """Return which of so many rows, or columns, are wanted.
+
+        Raises:
+            ModelError: there are too few, or in another order than all of them more than are wanted.
+        """
+        order = np.asarray(wanted, np.int64)
+        last = int(order.max(initial=-1)) + 1
+        if last > count or (last == len(order) and last < count):
+            raise ModelError(f"tensor {self.name} has {count} rows or columns, but the config implies {last}")
+        return order
 
 
 @dataclass(frozen=True)
