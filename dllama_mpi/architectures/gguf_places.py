@@ -93,7 +93,7 @@ def _attention(c: AttentionConfig, blk: str, rest: str, permuted: bool) -> Itera
         yield Ref(f"{blk}attn_q.{leaf}", rows=rows)
         return
     order = halves(heads if which == "q" else groups, dim) if permuted and which in "qk" else None
-    yield Ref(f"{blk}attn_{which}.{leaf}", rows=order)
+    yield Ref(f"{blk}attn_{which}.{leaf}", rows=order, all_rows=order is not None)
     sizes = {"q": heads * dim, "k": groups * dim, "v": groups * dim}
     start = sum(list(sizes.values())[: "qkv".index(which)])
     fused = [start + row for row in order] if order else slice(start, start + sizes[which])

@@ -67,7 +67,7 @@ class Ref:
 
     Attributes:
         name: the checkpoint's. index: which of a stack of tensors. rows: a slice of its rows, or which they are (after
-            transposing; of a stack of matrices, of each of them).
+            transposing; of a stack of matrices, of each of them). all_rows: whether it has no others.
         stacked: whether the first axis is that of experts also in two dimensions: vectors.
         transposed: whether rows and columns are swapped there. flat: whether it is a vector in several dimensions.
         columns: for a matrix, which column there each column is; whole blocks of 32 stay together.
@@ -78,6 +78,7 @@ class Ref:
     name: str
     index: int | None = None
     rows: slice | Sequence[int] | None = None
+    all_rows: bool = False
     columns: Sequence[int] | None = None
     stacked: bool = False
     transposed: bool = False
@@ -134,11 +135,11 @@ class Ref:
         """Return which of so many rows, or columns, are wanted.
 
         Raises:
-            ModelError: there are too few, or in another order than all of them more than are wanted.
+            ModelError: there are too few; or more, where all are wanted.
         """
         order = np.asarray(wanted, np.int64)
         last = int(order.max(initial=-1)) + 1
-        if last > count or (last == len(order) and last < count):
+        if last > count or (self.all_rows and last < count):
             raise ModelError(f"tensor {self.name} has {count} rows or columns, but the config implies {last}")
         return order
 
