@@ -59,7 +59,8 @@ def _base(f: Fields, **more: Any) -> Json:
         "hidden_size": f.need("embedding_length"),
         "num_hidden_layers": _layers(f),
         "num_attention_heads": f.need("attention.head_count"),
-        "num_key_value_heads": f.one("attention.head_count_kv", f.one("attention.head_count")),
+        "num_key_value_heads": more.get("num_key_value_heads", 0)
+        or f.one("attention.head_count_kv", f.one("attention.head_count")),
         "head_dim": f.one("attention.key_length"),
         "intermediate_size": f.one("feed_forward_length"),
         "max_position_embeddings": f.get("context_length", 2048),

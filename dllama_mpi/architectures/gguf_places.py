@@ -27,7 +27,7 @@ _LAYER = {
     "self_attn.o_proj": ("attn_output",),
     "self_attn.q_norm": ("attn_q_norm",),
     "self_attn.k_norm": ("attn_k_norm",),
-    "self_attn.sinks": ("attn_sinks.weight",),
+    "self_attn.sinks": ("attn_sinks.weight", "attn_sinks"),
     "mlp.router.correction": ("exp_probs_b.bias", "exp_probs_b"),
     "mlp.router": ("ffn_gate_inp",),
     "conv.out_proj": ("shortconv.out_proj",),
@@ -103,10 +103,10 @@ def _attention(c: AttentionConfig, blk: str, rest: str, permuted: bool) -> Itera
 def _feed(c: MLPConfig | ExpertsConfig, blk: str, rest: str, names: Collection[str]) -> Iterator[Place]:
     if isinstance(c, MLPConfig):
         part, leaf = rest.split(".")
-        yield Ref(f"{blk}ffn_{_PARTS[part]}.{leaf}")
-        if part != "down_proj":  # fused: the gate comes first
-            inner = c.intermediate_size
+        if part != "down_proj" and f"{blk}ffn_gate.weight" not in names and f"{blk}ffn_up.weight" in names:
+            inner = c.intermediate_size  # fused: the gate comes first
             yield Ref(f"{blk}ffn_up.{leaf}", rows=slice(0, inner) if part == "gate_proj" else slice(inner, 2 * inner))
+        yield Ref(f"{blk}ffn_{_PARTS[part]}.{leaf}")
         return
     if rest == "shared_gate.weight":
         yield Ref(f"{blk}ffn_gate_inp_shexp.weight", single=True)

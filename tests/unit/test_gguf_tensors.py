@@ -43,8 +43,8 @@ def bound(kind: str, matrix: TileMatrix, expected: Floats) -> Floats:
     if kind in ("Q4_1", "Q4_K"):  # half a unit of the step for each of up to 15 codes, four of the minimum
         return np.repeat(matrix.row_scales[0, : len(expected), None] * 11.6, expected.shape[1], axis=1)
     each = np.abs(expected).reshape(len(expected), -1, 32)
-    if matrix.format.name == "q80":  # half a step, and the scale's rounding
-        return np.repeat(each.max(axis=2) * (0.51 / 127 + 2.0**-11), 32, axis=1)
+    if matrix.format.name == "q80":  # half a step, and the scale's rounding, which is coarse where it is subnormal
+        return np.repeat(each.max(axis=2) * (0.51 / 127 + 2.0**-11) + 127 * 2.0**-25, 32, axis=1)
     ends = expected.reshape(each.shape)
     spread = np.maximum(ends.max(axis=2), 0) - np.minimum(ends.min(axis=2), 0)
     return np.repeat(0.2 * spread, 32, axis=1) + matrix.row_scales[0, : len(expected), None] * 16
