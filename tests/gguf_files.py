@@ -237,14 +237,15 @@ def write_gguf(case: Case, folder: Path, kind: Choice = lambda name, values: "F3
     c, hf, path = case.config, write_model(case, folder / "hf"), folder / "model.gguf"
     arch = ARCHITECTURES[c["model_type"]]
     w = gguf.GGUFWriter(path, arch)
+    every = read_tensors(hf)
     _metadata(w, c, arch)
+    if arch == "lfm2":
+        w.add_feed_forward_length(len(every["model.layers.0.feed_forward.w1.weight"]))
     if "original_max_position_embeddings" in c:
         w.add_rope_scaling_orig_ctx_len(c["original_max_position_embeddings"])
     number = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(number, c["num_hidden_layers"])
-    found = {
-        names.get_name(name, try_suffixes=(".weight", ".bias")): v for name, v in _converted(read_tensors(hf), c, arch)
-    }
+    found = {names.get_name(name, try_suffixes=(".weight", ".bias")): v for name, v in _converted(every, c, arch)}
     for name, values in {**found, **dict(_rope_factors(c))}.items():
         assert name is not None
         values = np.ascontiguousarray(values, np.float32)
