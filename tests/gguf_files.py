@@ -127,7 +127,8 @@ def _fused(name: str, values: Floats, arch: str) -> Iterator[tuple[str, Floats]]
         rows = values if leaf == "bias" else values.swapaxes(-1, -2)
         both = rows[:, ::2], rows[:, 1::2]
     else:
-        both = tuple(np.split(values, 2, axis=1))
+        half = values.shape[1] // 2
+        both = values[:, :half], values[:, half:]
     for part, rows in zip(("gate_proj", "up_proj"), both, strict=True):
         yield f"{name.split('gate_up_proj')[0]}{part}.{leaf}", np.ascontiguousarray(rows)
 
