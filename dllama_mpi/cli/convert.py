@@ -48,12 +48,14 @@ def run(args: argparse.Namespace) -> int:
     with group.together():
         opened = open_model(str(folder))
         config, source, formats = opened.config, opened.whole, opened.formats(args.weights)
+        if group.is_root and (said := opened.requantised(args.weights)):
+            say(said)
         if args.only is not None:
             files = _slices(args, opened)
     if args.only is None:
-        size = convert(Conversion(source, formats, whole_parts(config), True), destination, group)
+        size = convert(Conversion(source, formats, whole_parts(config), True, opened.small_files()), destination, group)
     else:
-        convert_slices(source, destination, files, group, True)
+        convert_slices(source, destination, files, group, True, opened.small_files())
         size = sum(file.size for file in files.values())
     if group.is_root:
         bits, seconds = bits_per_weight(config, formats), time.perf_counter() - started

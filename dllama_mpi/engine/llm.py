@@ -8,7 +8,6 @@ import pickle
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -26,7 +25,7 @@ from ..parallel.group import TensorParallelGroup, connect
 from ..parallel.partition import AUTO, parse_split
 from ..startup.finding import find_model
 from ..startup.memory import Room, available_bytes, fitting
-from ..startup.opening import RANDOM, ModelFiles, declared_stop_ids, open_model
+from ..startup.opening import RANDOM, ModelFiles, declared_stop_ids, load_tokenizer, open_model
 from ..startup.options import Kept, Options
 from ..startup.placement import Placement, Wanted, manifest_of
 from ..startup.shares import MemoryPlan, shards_of, split_line, steady
@@ -76,7 +75,9 @@ class LLM:
         self.folder = find_model(o.model, self.group, o.quiet)
         with self.group.together():
             opened = open_model(str(self.folder)) if self.group.is_root or o.model.startswith(RANDOM) else None
-            self._tokenizer: Tokenizer | None = self._load_tokenizer() if self.group.is_root else None
+            if opened is not None and not o.quiet and (said := opened.requantised(o.weights)):
+                say(said)
+            self._tokenizer: Tokenizer | None = load_tokenizer(self.folder, o.tokenizer) if self.group.is_root else None
         self.config: ModelConfig
         self.config, manifest = self._agree(opened)
         c, self.formats = self.config, manifest.formats
@@ -149,12 +150,6 @@ class LLM:
         self.shards = shards_of(self.config, self.shares)
         if group.is_root and not o.quiet:
             say(split_line(group.hosts, speeds, self.shares, bound))
-
-    def _load_tokenizer(self) -> Tokenizer | None:
-        given = self.options.tokenizer
-        if given is None and not any((self.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-            return None  # token ids alone need none
-        return Tokenizer.load(self.folder, Path(given) if given is not None else None)
 
     def _agree(self, opened: ModelFiles | None) -> tuple[ModelConfig, Manifest]:
         """Return the root's config, and what slices of its model are made of, on every rank. Collective."""

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from ..kernels.layout import BLOCK, ROWS, TileFormat, ceil_div
-from .checkpoint import PADDING, SCALES
+from .checkpoint import PADDING, SCALES, TABLE_KEY
+from .gguf_types import BY_NAME
 from .source import Range, Tensor, WeightSource
 from .tiles import load_matrix, load_vector
 
@@ -160,6 +161,20 @@ def matrix_entries(name: str, whole: tuple[int, ...], ranges: Ranges, fmt: TileF
     yield Entry(name, name, "U8", (*experts, *shape), whole, ranges, fmt)
     if fmt.has_row_scales:
         yield Entry(name + SCALES, name, "F32", (*experts, ROWS * shape[0]), whole, ranges, fmt)
+
+
+def table_entry(name: str, dtype: str, shape: tuple[int, ...]) -> Entry:
+    """Return the whole embedding table as its source has it; dtype: safetensors' name, or that of blocks of GGUF."""
+    block = BY_NAME.get(dtype)
+    if block is not None and not block.is_plain:
+        dtype, shape = "U8", (shape[0], shape[1] // block.columns * block.size)
+    return Entry(name, name, dtype, shape)
+
+
+def table_metadata(dtype: str) -> dict[str, str]:
+    """Return the metadata that say of which type the blocks of a table are; none where it is not in blocks."""
+    block = BY_NAME.get(dtype)
+    return {} if block is None or block.is_plain else {TABLE_KEY: dtype}
 
 
 def vector_entry(name: str, whole: tuple[int, ...], ranges: Ranges, zeros: bool = False) -> Entry:
