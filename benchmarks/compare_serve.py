@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from report import finish
 from serve import Load, run
 
 from dllama_mpi import LLM, SamplingParams
@@ -176,10 +177,7 @@ def main() -> None:
     many = f"{args.clients} clients"
     print(table(["tokens/s", "1 client", many, "ratio", "this server's: 1", many], rows))
     result: dict[str, Any] = {"medians": medians, "readings": found, "own": own}
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(result | {"options": vars(args)}, file, indent=1)
-    print(json.dumps(result))
+    finish(result | {"options": vars(args)}, args.json)
 
 
 if __name__ == "__main__":

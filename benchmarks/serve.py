@@ -1,7 +1,7 @@
 """Load an OpenAI-compatible server, ours or another's: python benchmarks/serve.py --url http://127.0.0.1:9990
 
 Requests come at a rate (--rate, Poisson) or as fast as --concurrency allows. Told are tokens a second, the time to the
-first token, the time between tokens and the whole time, as percentiles; --json writes them all.
+first token, the time between tokens and the whole time, as percentiles.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
+
+from report import finish
 
 from dllama_mpi.cli.options import number, table
 
@@ -183,12 +185,17 @@ def show(found: dict[str, Any]) -> None:
         print(f"failed: {error}")
 
 
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Add what tells which server is loaded."""
     parser.add_argument("--url", default="http://127.0.0.1:9990", help="without /v1 (default: http://127.0.0.1:9990)")
     parser.add_argument("--model", help="the model's name, for servers that want one")
     parser.add_argument("--api-key", metavar="KEY")
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    add_server_options(parser)
     parser.add_argument("--requests", type=number(int, 1), default=32, metavar="N")
     parser.add_argument(
         "--concurrency", type=number(int, 1), default=8, metavar="N", help="clients at once (default: 8)"
@@ -205,7 +212,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=number(int, 0), default=1, metavar="N")
     parser.add_argument("--warm-up", type=number(int, 0), default=2, metavar="N", help="requests before (default: 2)")
-    parser.add_argument("--json", metavar="FILE", help="also write the figures, and each request's")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures")
     args = parser.parse_args()
     load = Load(args.url, args.model, args.api_key, args.words, args.shared, args.tokens, args.seed)
     for each in range(args.warm_up):
@@ -213,10 +220,7 @@ def main() -> None:
     results, seconds = run(load, args.requests, args.concurrency, args.rate)
     found = summary(results, seconds)
     show(found)
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(found | {"options": vars(args)}, file, indent=1)
-    print(json.dumps(found))
+    finish(found | {"options": vars(args)}, args.json)
 
 
 if __name__ == "__main__":

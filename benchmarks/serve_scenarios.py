@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import threading
 import time
@@ -16,7 +15,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from serve import Load, Result, run
+from report import finish
+from serve import Load, Result, add_server_options, run
 
 from dllama_mpi.cli.options import number, table
 
@@ -131,9 +131,7 @@ SCENARIOS: dict[str, Callable[[Load, argparse.Namespace], dict[str, Any]]] = {
 def main() -> None:
     """Run the scenarios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--url", default="http://127.0.0.1:9990", help="without /v1 (default: http://127.0.0.1:9990)")
-    parser.add_argument("--model", help="the model's name, for servers that want one")
-    parser.add_argument("--api-key", metavar="KEY")
+    add_server_options(parser)
     parser.add_argument("--only", choices=SCENARIOS, action="append", help="may be repeated (default: all)")
     parser.add_argument("--turns", type=number(int, 1), default=3, metavar="N", help="of each (default: 3)")
     parser.add_argument("--clients", type=number(int, 1), default=8, metavar="N", help="at once (default: 8)")
@@ -153,10 +151,7 @@ def main() -> None:
     found = {name: SCENARIOS[name](load, args) for name in args.only or SCENARIOS}
     for name, figures in found.items():
         print(table([name, ""], [[what, f"{value:.4g}"] for what, value in figures.items() if what != "readings"]))
-    if args.json:
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(found | {"options": vars(args)}, file, indent=1)
-    print(json.dumps(found))
+    finish(found | {"options": vars(args)}, args.json)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ the commands, /quit or end of input leaves. Ctrl-C stops an answer, not the prog
 from __future__ import annotations
 
 import argparse
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -81,20 +82,20 @@ def _run_remote(args: argparse.Namespace) -> int:
     return 0
 
 
-class Conversation:
+class Conversation(ABC):
     """A conversation on the root, wherever its answers come from."""
 
     def __init__(self, args: argparse.Namespace, terminal: Terminal) -> None:
         self.args, self.terminal = args, terminal
         self.reset()
 
+    @abstractmethod
     def pieces(self, said: list[str]) -> Iterator[str]:
         """Yield what is to be shown of the next answer, and put what is to be remembered of it into `said`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def figures(self, all_steps: bool) -> list[str]:
         """Return the last answer's figures."""
-        raise NotImplementedError
 
     def reset(self) -> None:
         """Forget everything but the system message."""

@@ -185,7 +185,8 @@ def _serve(args: argparse.Namespace) -> int:
         with group.together():
             served = _served(args, llm) if group.is_root else None
         llm.warm_up()
-        with _left_to_root(group), llm.session() as leads:
+        _leave_to_root(group)
+        with llm.session() as leads:
             if leads:
                 assert server is not None
                 assert served is not None
@@ -199,13 +200,11 @@ def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
-@contextmanager
-def _left_to_root(group: TensorParallelGroup) -> Iterator[None]:
+def _leave_to_root(group: TensorParallelGroup) -> None:
     """Have workers ignore the signals that launchers send to every rank: the root ends them."""
     if not group.is_root:
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, lambda *_: None)
-    yield
 
 
 @contextmanager

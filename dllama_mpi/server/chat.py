@@ -14,7 +14,7 @@ from starlette.responses import Response
 from .errors import ApiError
 from .events import CallArguments, CallStart, Content, Event, Reasoning
 from .generation import Ask, Piece, Running, Token, special_ids
-from .http import Call, EventStream, JSONAnswer, event, unless_gone
+from .http import Call, answer_with, event
 from .parsing import Style, parser_of
 from .schema import ChatBody, NamedTool, Tool
 from .served import Form, Served
@@ -90,12 +90,9 @@ async def chat(call: Call) -> Response:
     running = Running(served, engine, [prepared.ask])
     answers = [Answer(served, prepared.style, i, prepared.is_parallel) for i in range(prepared.ask.n)]
     head = Head("chatcmpl-" + secrets.token_hex(12), int(time.time()), body.model or served.names[0])
-    if body.stream:
-        return EventStream(_chunks(running, answers, head, body), running.close, call.request.url.path)
-    try:
-        return JSONAnswer(await unless_gone(call.request, _whole(running, answers, head)))
-    finally:
-        running.close()
+    return await answer_with(
+        call, running.close, lambda: _chunks(running, answers, head, body), lambda: _whole(running, answers, head)
+    )
 
 
 @dataclass(frozen=True)

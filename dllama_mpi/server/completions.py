@@ -15,7 +15,7 @@ from starlette.responses import Response
 from .chat import Head
 from .errors import ApiError
 from .generation import Ask, Piece, Running, Token
-from .http import Call, EventStream, JSONAnswer, event, unless_gone
+from .http import Call, answer_with, event
 from .schema import CompletionBody
 from .served import Served
 
@@ -57,12 +57,9 @@ async def completions(call: Call) -> Response:
     pairs = zip(asks, echoes, strict=True)
     texts = [Text(served, ask, echo) for ask, echo in pairs for _ in range(body.n or 1)]
     head = Head("cmpl-" + secrets.token_hex(12), int(time.time()), body.model or served.names[0])
-    if body.stream:
-        return EventStream(_chunks(running, texts, head, body), running.close, call.request.url.path)
-    try:
-        return JSONAnswer(await unless_gone(call.request, _whole(running, texts, head)))
-    finally:
-        running.close()
+    return await answer_with(
+        call, running.close, lambda: _chunks(running, texts, head, body), lambda: _whole(running, texts, head)
+    )
 
 
 class Text:

@@ -167,6 +167,18 @@ async def unless_gone(request: Request, work: Awaitable[T]) -> T:
         watch.cancel()
 
 
+async def answer_with(
+    call: Call, close: Callable[[], None], events: Callable[[], AsyncIterator[str]], whole: Callable[[], Awaitable[Any]]
+) -> Response:
+    """Return a stream of events where the body asks for one, else one object. `close` is called once it is over."""
+    if call.body.stream:
+        return EventStream(events(), close, call.request.url.path)
+    try:
+        return JSONAnswer(await unless_gone(call.request, whole()))
+    finally:
+        close()
+
+
 def endpoint(route: Route, context: Context, fields: frozenset[str]) -> Callable[[Request], Awaitable[Response]]:
     """Return a route as starlette calls it: the body checked, errors in the route's dialect."""
 

@@ -14,7 +14,7 @@ from .anthropic_schema import Block, CountBody, MessagesBody, OfferedTool
 from .chat import Answer, Prepared
 from .events import CallStart, Content, Event, Reasoning
 from .generation import Ask, Piece, Running, Usage, special_ids
-from .http import Call, EventStream, JSONAnswer, event, unless_gone
+from .http import Call, JSONAnswer, answer_with, event
 from .schema import CalledFunction, FunctionTool, Message, Sampling, Tool, ToolCall
 from .served import Served
 
@@ -100,12 +100,9 @@ async def messages(call: Call) -> Response:
     answer = Answer(served, prepared.style, 0, prepared.is_parallel)
     head = {"id": "msg_" + secrets.token_hex(12), "type": "message", "role": "assistant"}
     head["model"] = body.model or served.names[0]
-    if body.stream:
-        return EventStream(_stream(running, answer, head), running.close, call.request.url.path)
-    try:
-        return JSONAnswer(await unless_gone(call.request, _whole(running, answer, head)))
-    finally:
-        running.close()
+    return await answer_with(
+        call, running.close, lambda: _stream(running, answer, head), lambda: _whole(running, answer, head)
+    )
 
 
 async def count_tokens(call: Call) -> Response:

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from .chat import Answer, offered
 from .errors import ApiError
 from .generation import Ask, Running, special_ids
-from .http import Call, EventStream, JSONAnswer, event, unless_gone
+from .http import Call, JSONAnswer, answer_with, event
 from .items import Items
 from .parsing import Style
 from .responses_schema import Item, NamedChoice, ResponsesBody
@@ -142,12 +142,7 @@ async def create(call: Call) -> Response:
     prepared = await asyncio.to_thread(prepare, served, body, before)
     making = Making(served, body, prepared, store)
     running = Running(served, engine, [prepared.ask])
-    if body.stream:
-        return EventStream(making.stream(running), running.close, call.request.url.path)
-    try:
-        return JSONAnswer(await unless_gone(call.request, making.whole(running)))
-    finally:
-        running.close()
+    return await answer_with(call, running.close, lambda: making.stream(running), lambda: making.whole(running))
 
 
 async def retrieve(call: Call) -> Response:

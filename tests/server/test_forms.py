@@ -21,12 +21,6 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
-        yield found
-
-
 SCHEMA: Any = {
     "type": "object",
     "properties": {"city": {"enum": ["Bern", "Rome"]}, "n": {"type": "integer", "minimum": 10, "maximum": 99}},
@@ -44,7 +38,7 @@ ASKED: Any = [{"role": "user", "content": "What?"}]
 def test_answers_keep_to_a_schema(client: openai.OpenAI, temperature: float) -> None:
     given: Any = {"type": "json_schema", "json_schema": {"name": "place", "schema": SCHEMA}}
     answer = client.chat.completions.create(
-        model="demo", messages=ASKED, response_format=given, temperature=temperature, n=3, max_tokens=60
+        model="demo", messages=ASKED, response_format=given, temperature=temperature, n=3, max_tokens=300
     )
     for choice in answer.choices:
         found = json.loads(choice.message.content or "")
@@ -101,7 +95,7 @@ def test_answers_keep_to_a_grammar(client: openai.OpenAI) -> None:
 )
 def test_tool_calls_that_are_forced(client: openai.OpenAI, choice: Any, names: set[str]) -> None:
     answer = client.chat.completions.create(
-        model="demo", messages=ASKED, tools=TOOLS, tool_choice=choice, temperature=1.5, max_tokens=100
+        model="demo", messages=ASKED, tools=TOOLS, tool_choice=choice, temperature=1.5, max_tokens=300
     ).choices[0]
     (call,) = answer.message.tool_calls or []
     assert call.type == "function"
@@ -115,7 +109,7 @@ def test_anthropic_tools_that_are_forced(server: Server) -> None:
     with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
         for choice in ({"type": "any"}, {"type": "tool", "name": "weather"}):
             wanted: Any = choice
-            used = client.messages.create(model="demo", max_tokens=100, messages=ASKED, tools=tools, tool_choice=wanted)
+            used = client.messages.create(model="demo", max_tokens=300, messages=ASKED, tools=tools, tool_choice=wanted)
             assert used.stop_reason == "tool_use"
             assert used.content[-1].model_dump()["input"]["city"] in ("Bern", "Rome")
 

@@ -17,12 +17,6 @@ def server() -> Iterator[Server]:
         yield found
 
 
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
-        yield found
-
-
 def user(text: str) -> list[Any]:
     return [{"role": "user", "content": text}]
 
