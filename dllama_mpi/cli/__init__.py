@@ -15,10 +15,12 @@ from . import (
     cache,
     chat,
     convert,
+    download,
     generate,
     info,
     perplexity,
     plan,
+    remove,
     serve,
 )
 
@@ -27,6 +29,8 @@ COMMANDS: dict[str, Any] = {
     "chat": chat,
     "serve": serve,
     "convert": convert,
+    "download": download,
+    "remove": remove,
     "perplexity": perplexity,
     "bench": bench,
     "info": info,

@@ -91,10 +91,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        metavar="DIR",
+        metavar="MODEL",
         default="demo",
-        help="model directory as Hugging Face lays it out, or as convert writes it; 'demo' (the default)"
-        " is the small model that comes with the program",
+        help="model directory as Hugging Face lays it out, or as convert writes it; ORG/NAME or ORG/NAME:QUANTISATION"
+        " of the hub, or a name that download lists: downloaded once; 'demo' (the default) is the small model that"
+        " comes with the program",
     )
     group.add_argument(
         "--tokenizer", metavar="PATH", help="a tokenizer.json, or a folder with one (default: the model's)"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KINDS = ("none", "default", "linear", "dynamic", "yarn", "llama3", "longrope")
+KINDS = ("none", "default", "linear", "dynamic", "yarn", "llama3", "longrope", "divided")
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class RopeConfig:
     """How positions become angles.
 
     Attributes:
-        kind: "none" (positions turn nothing), "default", "linear", "dynamic" (NTK), "yarn" (arXiv:2309.00071), "llama3"
-            or "longrope" (arXiv:2402.13753).
+        kind: "none" (positions turn nothing), "default", "linear", "dynamic" (NTK), "yarn" (arXiv:2309.00071),
+            "llama3", "longrope" (arXiv:2402.13753) or "divided" (frequencies by `short_factors`, at any length).
         dim: dimensions of a head that are rotated, its first ones.
         original_positions: the context the model was trained with, before scaling.
         attention_factor: what cos and sin are multiplied with (yarn, longrope).
@@ -88,7 +88,7 @@ def _inverse_frequencies(c: RopeConfig) -> np.ndarray:
         return _llama3_frequencies(c, plain)
     if c.kind == "yarn":
         return _yarn_frequencies(c, plain)
-    return plain
+    return plain / np.array(c.short_factors, np.float32) if c.kind == "divided" else plain
 
 
 def _llama3_frequencies(c: RopeConfig, plain: np.ndarray) -> np.ndarray:

@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..architectures.gguf import gguf_config, gguf_json, gguf_source
 from ..architectures.registry import architecture_of, read_config, read_model_config
 from ..errors import ModelError
 from ..kernels.layout import TileFormat
 from ..model.build import check_files
 from ..model.config import ModelConfig
-from ..model.recipe import DEFAULT, WeightRecipe
+from ..model.recipe import DEFAULT, WeightRecipe, bits_per_weight
 from ..model.shapes import shape_config
 from ..model.tensors import HEAD, TABLE, Kind, tensors
 from ..text.files import read_json
-from ..text.tokenizer import declared_ids
+from ..text.gguf_tokenizer import gguf_templates, gguf_tokenizer
+from ..text.tokenizer import Tokenizer, declared_ids
 from ..weights.checkpoint import Checkpoint
+from ..weights.gguf import GgufFile, GgufModel, Metadata, gguf_in, split_set
+from ..weights.gguf_tensors import GgufTensors
 from ..weights.mapped import MappedSource
 from ..weights.random import RandomSource
 from ..weights.slices import SliceCheckpoint, slices_in
 from ..weights.source import WeightSource
 
 RANDOM = "random:"  # begins the name of a model that is a shape, and on no disk
+METADATA = "metadata.gguf"  # in a folder that was converted from a GGUF file: what that said beside its tensors
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 
 
@@ -33,13 +39,14 @@ class ModelFiles:
 
     Attributes:
         folder: where its small files lie. config: its shape. source: the whole model's tensors; None if the folder has
-            slices alone, or nothing that was opened. slices: those.
+            slices alone, or nothing that was opened. slices: those. gguf: the tensors of a GGUF file, as they lie.
     """
 
     folder: Path
     config: ModelConfig
     source: WeightSource | None
     slices: Sequence[SliceCheckpoint] = ()
+    gguf: GgufTensors | None = None
 
     def formats(self, weights: str | None) -> dict[str, TileFormat]:
         """Return the format of every matrix: what `--weights` says, else what the files hold, else the default.
@@ -59,6 +66,26 @@ class ModelFiles:
             path = self.slices[0].path
             raise ModelError(f"{path} holds other weights than {weights}; leave out --weights, or give the whole model")
         return wanted
+
+    def small_files(self) -> dict[str, bytes]:
+        """Return what a converted model needs besides tensors and the folder has no file of: a GGUF file's metadata."""
+        if self.gguf is None:
+            return {}
+        config = json.dumps(gguf_json(self.gguf), indent=2) + "\n"
+        return {"config.json": config.encode(), METADATA: self.gguf.model.files[0].without_tensors()}
+
+    def requantised(self, weights: str | None) -> str:
+        """Return what is to be said where `--weights` makes something else of a quantised GGUF file; "" if nothing."""
+        if self.gguf is None or weights is None or self.source is None or not self.source.formats:
+            return ""
+        held, wanted = self.formats(None), self.formats(weights)
+        if held == wanted:
+            return ""
+        bits = [bits_per_weight(self.config, formats) for formats in (held, wanted)]
+        return (
+            f"--weights {weights}: {self.folder.name} is quantised already and is requantised, from {bits[0]:.2f} to"
+            f" {bits[1]:.2f} bits a weight; without --weights it stays as it is"
+        )
 
     @property
     def whole(self) -> WeightSource:
@@ -86,6 +113,8 @@ def model_config(model: str) -> ModelConfig:
     if model.startswith(RANDOM):
         return read_model_config(shape_config(model.removeprefix(RANDOM)), model)
     folder = model_folder(model)
+    if (gguf := gguf_in(folder)) is not None:
+        return gguf_config(GgufTensors(GgufModel(gguf)))
     return read_model_config(read_config(folder), str(folder / "config.json"))
 
 
@@ -95,13 +124,13 @@ def open_model(model: str, check: bool = True) -> ModelFiles:
     Raises:
         UsageError: no such shape. ModelError: files that are missing, damaged or do not fit the config.
     """
-    config = model_config(model)
     if model.startswith(RANDOM):
+        config = model_config(model)
         return ModelFiles(Path(model), config, random_source(model, config))
     folder = model_folder(model)
-    found = open_folder(folder, config)
+    found = open_folder(folder, None)
     if check and found.source is not None:
-        check_files(found.source, config)
+        check_files(found.source, found.config)
     return found
 
 
@@ -112,17 +141,29 @@ def open_shape(model: str) -> ModelFiles:
         UsageError: no such shape. ModelError: files that are there, but cannot be read.
     """
     folder = model_folder(model)
-    if model.startswith(RANDOM) or any(folder.glob("*.safetensors")):
+    if model.startswith(RANDOM) or has_weights(folder):
         return open_model(model, check=False)
     return ModelFiles(folder, model_config(model), None)
 
 
-def open_folder(folder: Path, config: ModelConfig) -> ModelFiles:
-    """Open a model directory: a whole model's files, or slices of one.
+def has_weights(folder: Path) -> bool:
+    """Return whether a path names a file of weights, or a folder that has some."""
+    return folder.is_file() or any(any(folder.glob(f"*.{kind}")) for kind in ("safetensors", "gguf"))
+
+
+def open_folder(folder: Path, config: ModelConfig | None) -> ModelFiles:
+    """Open a model directory, a whole model's files or slices of one, or a GGUF file.
+
+    config: where another rank has read it already; None: what the files say.
 
     Raises:
-        ModelError: there is neither, or a file is damaged.
+        ModelError: there is none, or a file is damaged.
     """
+    if (gguf := gguf_in(folder)) is not None:
+        tensors_of = GgufTensors(GgufModel(gguf))
+        config = config or gguf_config(tensors_of)
+        return ModelFiles(gguf, config, gguf_source(tensors_of, config), gguf=tensors_of)
+    config = config or read_model_config(read_config(folder), str(folder / "config.json"))
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         slices = slices_in(folder)
         if slices:
@@ -143,9 +184,41 @@ def random_source(name: str, config: ModelConfig) -> RandomSource:
     return RandomSource(name, shapes, next(spec.name for spec in tensors(config) if spec.kind is Kind.TABLE) or TABLE)
 
 
+def gguf_metadata(folder: Path) -> Metadata | None:
+    """Return the metadata of the GGUF file that a model is, or was converted from; None of another model.
+
+    Raises:
+        ModelError: the file cannot be read.
+    """
+    kept = folder / METADATA
+    found = kept if kept.is_file() else gguf_in(folder)
+    return None if found is None else GgufFile(split_set(found)[0]).metadata
+
+
+def load_tokenizer(folder: Path, given: str | None = None) -> Tokenizer | None:
+    """Return the tokenizer of a model, or the given one; None where there is none: token ids alone need none.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    has_own = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
+    metadata = None if has_own else gguf_metadata(folder)
+    if given is None and metadata is not None:
+        return gguf_tokenizer(metadata, str(folder))
+    if given is None and not has_own:
+        return None
+    tokenizer = Tokenizer.load(folder, Path(given) if given is not None else None)
+    if metadata is not None and not tokenizer.templates:
+        tokenizer.templates = gguf_templates(metadata, str(folder))
+    return tokenizer
+
+
 def declared_stop_ids(folder: Path) -> list[int]:
     """Return the stop tokens that generation_config.json and config.json name; for models without a tokenizer."""
     ids: set[int] = set()
+    if (metadata := gguf_metadata(folder)) is not None:
+        named = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+        ids.update(each for each in named if type(each) is int)
     for name in ("generation_config.json", "config.json"):
         with contextlib.suppress(ModelError):
             ids.update(declared_ids(read_json(folder / name), "eos_token_id"))

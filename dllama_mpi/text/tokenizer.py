@@ -44,12 +44,15 @@ class Tokenizer:
         add_bos: whether encoding starts with BOS; None leaves it to the backend's post-processor.
         eos_ids: the end tokens that the model's files declare.
         folders: where the tokenizer came from, first to last; a chat template is looked for in the same places.
+        end_ids: more tokens that end a text.
+        templates: chat templates by name that came with the tokenizer itself, asked for before the folders'.
+        origin: where these came from, for messages.
 
     Attributes:
         vocab_size: one more than the largest token id.
         bos_id: the token that begins a text, or None.
         eos_ids: the declared end tokens, without repetition, the tokenizer's own first.
-        stop_ids: `eos_ids` and the well-known end-of-turn tokens the vocabulary has; generation ends at any.
+        stop_ids: `eos_ids`, `end_ids` and the well-known end-of-turn tokens the vocabulary has; generation ends at any.
         added_tokens: id by text of the tokens beyond the trained vocabulary, special or not.
         leading_spaces: how many spaces decoding drops at the start of a text (1 for Llama 2, 0 for byte-level).
     """
@@ -61,6 +64,9 @@ class Tokenizer:
         add_bos: bool | None = None,
         eos_ids: Iterable[int] = (),
         folders: Sequence[Path] = (),
+        end_ids: Iterable[int] = (),
+        templates: Mapping[str, str] | None = None,
+        origin: str = "the tokenizer",
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -69,6 +75,7 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
         self._huge = threading.Lock()
         self.folders = tuple(folders)
+        self.templates, self.origin = dict(templates or {}), origin
         self.special_tokens = dict(special_tokens or {})
         added = backend.get_added_tokens_decoder()
         self.added_tokens = {token.content: token_id for token_id, token in added.items()}
@@ -80,7 +87,7 @@ class Tokenizer:
         own_eos = self._id_of(self.special_tokens.get("eos_token"))
         declared = [*([] if own_eos is None else [own_eos]), *eos_ids]
         self.eos_ids = tuple(dict.fromkeys(token_id for token_id in declared if 0 <= token_id < self.vocab_size))
-        self.stop_ids = frozenset(self.eos_ids) | self._well_known_ends()
+        self.stop_ids = frozenset([*self.eos_ids, *end_ids]) | self._well_known_ends()
         self._prefix = self._prefix_ids(add_bos)
 
     @classmethod

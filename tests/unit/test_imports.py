@@ -22,7 +22,7 @@ LEVELS = (
     ("startup",),
     ("architectures",),
     ("model",),
-    ("weights", "text"),
+    ("weights", "text", "hub"),
     ("parallel",),
     ("kernels",),
     ("errors", "log"),
@@ -117,9 +117,10 @@ def test_every_room_has_its_level() -> None:
     assert {"engine", "model", "weights", "text", "parallel", "kernels", "errors", "log"} <= set(map(room, GUARDED))
 
 
-def test_weights_and_text_do_not_know_each_other() -> None:
-    for first, second in product(("weights", "text", "errors", "log"), repeat=2):
-        assert is_allowed(first, second) is (first == second or (first in ("weights", "text") and second[0] in "el"))
+def test_weights_text_and_hub_do_not_know_each_other() -> None:
+    rooms = ("weights", "text", "hub")
+    for first, second in product((*rooms, "errors", "log"), repeat=2):
+        assert is_allowed(first, second) is (first == second or (first in rooms and second in ("errors", "log")))
 
 
 @pytest.mark.parametrize(
