@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelError
-from ..kernels.strings import skip_strings
+from ..kernels.strings import join_strings, skip_strings
 from .gguf_types import TYPES, BlockType
 
 MAGIC = b"GGUF"
@@ -36,11 +36,12 @@ _SAMPLE_BYTES = 4096
 
 @dataclass(frozen=True)
 class _List:
-    """A list in a file that nobody has asked for yet; kind: of its elements."""
+    """A list in a file that nobody has asked for yet; kind: of its elements. start, end: of those in the file."""
 
     kind: int
     count: int
     start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -78,16 +79,21 @@ class Metadata(Mapping[str, Any]):
         if not isinstance(value, _List):
             return value
         if value.kind == _STRING:
-            return list(self._strings(value))
+            return self._strings(value)
         kind = np.dtype("bool" if value.kind == 7 else "<" + _SCALARS[value.kind])
         return np.frombuffer(self._data, kind, value.count, value.start).copy()
 
-    def _strings(self, where: _List) -> Iterator[str]:
-        view, at = self._data.data, where.start
+    def _strings(self, where: _List) -> list[str]:
+        joined = np.empty(where.end - where.start, np.uint8)  # a zero for each length of 8 bytes
+        size = int(join_strings(self._data, where.start, where.count, joined))
+        if size >= 0:
+            return joined[:size].tobytes().decode("utf-8", "replace").split("\0")[:-1]
+        found, view, at = [], self._data.data, where.start
         for _ in range(where.count):
             (length,) = struct.unpack_from("<Q", view, at)
-            yield str(view[at + 8 : at + 8 + length], "utf-8", "replace")
+            found.append(str(view[at + 8 : at + 8 + length], "utf-8", "replace"))
             at += 8 + length
+        return found
 
     def count(self, key: str) -> int | None:
         """Return how many elements a list has; None where there is no such list."""
@@ -157,7 +163,7 @@ class _Reader:
             end = self.at + size * count
         else:
             raise self.error(f"metadata {key} is a list of an unknown type, {kind}")
-        found, self.at = _List(kind, count, self.at), end
+        found, self.at = _List(kind, count, self.at, end), end
         return found
 
 

@@ -68,6 +68,22 @@ def test_metadata_and_tensors(tmp_path: Path) -> None:
         assert file.bytes_of(info).tobytes() == tensor.data.tobytes()
 
 
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        (["a\0b", "c", "\0"], ["a\0b", "c", "\0"]),
+        ([b"caf\xc3", b"\xa9 \xff", b""], ["caf\ufffd", "\ufffd \ufffd", ""]),
+        ([b"\xf0\x9f", b"x"], ["\ufffd", "x"]),
+    ],
+)
+def test_odd_strings(tmp_path: Path, words: list[str | bytes], read: list[str]) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_array("words", words)
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.close):
+        step()
+    assert GgufFile(tmp_path / "a.gguf").metadata["words"] == read
+
+
 def test_metadata_alone(tmp_path: Path) -> None:
     file = GgufFile(write(tmp_path / "a.gguf"))
     (tmp_path / "b.gguf").write_bytes(file.without_tensors())
