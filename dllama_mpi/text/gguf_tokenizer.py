@@ -102,6 +102,11 @@ class Vocabulary:
             self.texts[token_id] = text
 
 
+def has_vocabulary(metadata: Mapping[str, Any]) -> bool:
+    """Return whether a file has a vocabulary, if a broken one; some say that they have none."""
+    return metadata.get(MODEL, "none") not in ("none", "no_vocab") or TOKENS in metadata
+
+
 def gguf_tokenizer(metadata: Mapping[str, Any], origin: str) -> Tokenizer:
     """Rebuild a model's tokenizer.
 
