@@ -99,9 +99,10 @@ def changes_of_keys(document: Document) -> Iterator[tuple[str, Change]]:
         "rope.scaling.yarn_beta_fast", "rope.scale_linear", "attention.sliding_window", "attention.value_length",
         "attn_logit_softcapping", "final_logit_softcapping", "attention.scale", "logit_scale", "expert_count",
         "expert_used_count", "rope.scaling.attn_factor", "attention.temperature_scale", "expert_group_count",
-        "attention.sliding_window_pattern", "leading_dense_block_count", "expert_weights_scale",
+        "attention.sliding_window_pattern", "leading_dense_block_count", "expert_weights_scale", "split.no",
+        "split.count", "split.tensors.count", "general.alignment",
     ):  # fmt: skip
-        key = f"{architecture}.{more}".encode()
+        key = (more if more.startswith(("split.", "general.")) else f"{architecture}.{more}").encode()
         if key not in document.keys:
             for i, odd in enumerate([*ODD, text("yarn"), text("linear"), text("longrope"), text("divided")]):
                 yield f"{more} added = {i}: {str(odd)[:60]}", _set(key, odd)

@@ -104,7 +104,8 @@ class Vocabulary:
 
 def has_vocabulary(metadata: Mapping[str, Any]) -> bool:
     """Return whether a file has a vocabulary, if a broken one; some say that they have none."""
-    return metadata.get(MODEL, "none") not in ("none", "no_vocab") or TOKENS in metadata
+    model = metadata.get(MODEL, "none")
+    return TOKENS in metadata or not isinstance(model, str) or model not in ("none", "no_vocab")
 
 
 def gguf_tokenizer(metadata: Mapping[str, Any], origin: str) -> Tokenizer:
