@@ -40,6 +40,22 @@ def blocks(kind: str, rows: int, columns: int, seed: int = 0, negative: bool = F
     return found.reshape(rows, -1)
 
 
+def like(values: npt.NDArray[np.float32], kind: str) -> Bytes:
+    """Return blocks in the shape of a matrix, or one of each expert: its values, or random ones of their size."""
+    which = gguf.GGMLQuantizationType[kind]
+    try:
+        found: Bytes = gguf.quants.quantize(values, which)
+        return found
+    except NotImplementedError:  # the package reads it only
+        raw = blocks(kind, values.size // values.shape[-1], values.shape[-1], values.size)
+    ratio = values.std() / values_of(kind, raw).std()
+    each = raw.reshape(-1, gguf.GGML_QUANT_SIZES[which][1])
+    for at in HALVES[kind]:
+        halves = each[:, at : at + 2].copy().view("<f2") * np.float16(ratio)
+        each[:, at : at + 2] = halves.astype("<f2").view(np.uint8)
+    return each.reshape(*values.shape[:-1], -1)
+
+
 def values_of(kind: str, raw: Bytes) -> npt.NDArray[np.float32]:
     """Return what the package makes of blocks."""
     found: npt.NDArray[np.float32] = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
