@@ -138,30 +138,34 @@ def changes_of_words(document: Document) -> Iterator[tuple[str, Change]]:
         yield f"template {template[:20]!r}", _set(b"tokenizer.chat_template", text(template))
 
 
-def _of(index: int, change: Callable[[Entry], object]) -> Change:
-    return lambda document: change(document.tensors[index])
+def _put(index: int, attribute: str, value: object) -> Change:
+    return lambda document: setattr(document.tensors[index], attribute, value)
+
+
+def _leave_out(index: int) -> Change:
+    return lambda document: document.tensors.pop(index)
 
 
 def changes_of_tensors(document: Document) -> Iterator[tuple[str, Change]]:
     """Yield every tensor missing, renamed, of other types and shapes, and at other places."""
     for i, entry in enumerate(document.tensors):
         shown = entry.name.decode()
-        yield f"{shown} missing", lambda d, i=i: d.tensors.pop(i)
+        yield f"{shown} missing", _leave_out(i)
         for name in NAMES:
-            yield f"{shown} named {name[:30]!r}", _of(i, lambda e, name=name: setattr(e, "name", name))
+            yield f"{shown} named {name[:30]!r}", _put(i, "name", name)
         for kind in TYPES:
-            yield f"{shown} of type {kind}", _of(i, lambda e, kind=kind: setattr(e, "kind", kind))
+            yield f"{shown} of type {kind}", _put(i, "kind", kind)
         for size in SIZES:
             for axis in range(len(entry.dims)):
-                yield f"{shown} dim {axis} is {size}", _of(i, lambda e, a=axis, s=size: e.dims.__setitem__(a, s))
+                dims = [*entry.dims[:axis], size, *entry.dims[axis + 1 :]]
+                yield f"{shown} dim {axis} is {size}", _put(i, "dims", dims)
         n = math.prod(entry.dims)
         for dims in ([n], [n, 1], [1, n], [1, 1, 1, n], entry.dims[::-1], [*entry.dims, 1], [], [1] * 5, [2**32] * 4):
-            yield f"{shown} dims {dims}", _of(i, lambda e, dims=dims: setattr(e, "dims", list(dims)))
+            yield f"{shown} dims {dims}", _put(i, "dims", dims)
         for start in (0, 1, 32, 2**31, 2**63, 2**64 - 32, 2**64 - 1):
-            yield f"{shown} at {start}", _of(i, lambda e, start=start: setattr(e, "start", start))
+            yield f"{shown} at {start}", _put(i, "start", start)
         for fill in (b"\xff", b"\x00\x7c", b"\x00"):
-            data = (fill * len(entry.data))[: len(entry.data)]
-            yield f"{shown} full of {fill!r}", _of(i, lambda e, data=data: setattr(e, "data", data))
+            yield f"{shown} full of {fill!r}", _put(i, "data", (fill * len(entry.data))[: len(entry.data)])
     shuffled = list(range(len(document.tensors)))
     random.Random(0).shuffle(shuffled)
     yield "shuffled", lambda d: setattr(d, "tensors", [d.tensors[i] for i in shuffled])
