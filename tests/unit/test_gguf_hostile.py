@@ -70,7 +70,7 @@ def some(changes: list[tuple[str, Change]], count: int, seed: int) -> list[tuple
 @pytest.mark.parametrize(
     ("case", "kind", "count"),
     [("llama31", "gpt2", 250), ("qwen3_moe", "llama", 150), *(
-        slow(name, kind, 1500) for name, kind in (
+        slow(name, kind, 300) for name, kind in (
             ("llama31", "llama"), ("qwen3_next", "gpt2"), ("gemma3_text", "llama"), ("phi3_longrope", "gpt2"),
             ("gpt_oss_bf16", "gpt2"), ("glm4_moe", "gpt2"), ("lfm2", "gpt2"), ("qwen3_5_moe_text", "gpt2"),
             ("ministral3", "gpt2"),
