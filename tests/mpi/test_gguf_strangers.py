@@ -20,6 +20,7 @@ from tests.mpi import guard
 from tests.mpi.launch import mpiexec, run_mark
 from tests.mpi.pool import pool
 from tests.mpi.test_failures import _assert_one_line
+from tests.tiers import slow
 
 Change = Callable[[Document], object]
 
@@ -133,7 +134,7 @@ def command_of(pid: int) -> list[str]:
     return []
 
 
-@pytest.mark.parametrize("what", ["count", "unknown type", "scale of one rank"])
+@pytest.mark.parametrize("what", [slow("count"), slow("unknown type"), "scale of one rank"])
 def test_a_job_of_its_own_leaves_nobody(what: str, good: Document, tmp_path: Path) -> None:
     path = written(what, good, tmp_path)
     args = ["-m", "dllama_mpi", "--model", str(path), "--prompt", "ab", "--nthreads", "1"]
