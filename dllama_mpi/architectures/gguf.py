@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -351,12 +352,28 @@ def gguf_source(source: GgufTensors, config: ModelConfig) -> MappedSource:
     float16.
     """
     f = Fields(source)
+    _check_sizes(source, config)
     found = places(config, set(source.names()), _family(f).permuted)
     if config.tie_word_embeddings:
         del found[HEAD]
     layers = config.num_layers
     later = [rf"^blk\.{layer}\." for layer in range(layers, int(f.need("block_count")))]
     return MappedSource(source, found, [*SKIPPED, *later], _held(source, config, found))
+
+
+def _check_sizes(source: GgufTensors, config: ModelConfig) -> None:
+    """Check that no tensor is larger than all of the files', before anything is made of its size.
+
+    Raises:
+        ModelError: one is.
+    """
+    most = sum(math.prod(info.shape) for info in source.model.tensors.values())
+    for spec in tensors(config):
+        if spec.size > most:
+            shape = " x ".join(map(str, spec.shape))
+            raise ModelError(
+                f"{source.folder}: metadata imply {spec.name} of {shape}, and all tensors have {most} values together"
+            )
 
 
 def _held(source: GgufTensors, config: ModelConfig, found: Mapping[str, Place]) -> dict[str, TileFormat]:

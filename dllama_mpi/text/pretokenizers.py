@@ -121,6 +121,8 @@ _BAILING = _split(
 _BLOOM = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 # Spaces in pieces of powers of two, the longest first.
 _JAIS2_SPACES = "|".join([*(rf"\s{{{1 << n}}}(?!\S)" for n in range(9, 1, -1)), r"\s{1,2}(?!\S)|\s{1}"])
+# Groups of three digits that are counted from a number's end: of more, each digit would look at all that follow.
+_MOST_GROUPS = 200
 
 # Names of one kind stand together.
 _KINDS: dict[str, PreTokenizer] = {
@@ -141,7 +143,7 @@ _KINDS: dict[str, PreTokenizer] = {
     "jais-2": _split(rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_MARKS}|{_LINES}|{_JAIS2_SPACES}"),
     "gpt-4o llama4 kanana2 talkie minimax-m2": _split(_O200K),
     "tekken": replace(_split(_cased("", r"\p{N}")), ignore_merges=True, add_bos=True),
-    "tiny_aya cohere2moe": _split(r"\d{1,3}(?=(?:\d{3})*\b)", _O200K),
+    "tiny_aya cohere2moe": _split(rf"\d{{1,3}}(?=(?:\d{{3}}){{0,{_MOST_GROUPS}}}\b)", _O200K),
     "youtu": replace(
         _split(
             f"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|{_HAN_AND_KANA}", _cased(f"{_CONTRACTIONS}?", r"\p{N}")
@@ -162,7 +164,7 @@ _KINDS: dict[str, PreTokenizer] = {
     "falcon": PreTokenizer((PUNCTUATION, GPT2, NUMBERS, "[0-9][0-9][0-9]")),
     "bloom gpt3-finnish poro-chat": _split(_BLOOM),
     "viking": PreTokenizer((_BLOOM, DIGITS, BYTES)),
-    "superbpe": _split(r"\p{N}+", r"(?=(\d{3})+(?!\d))"),
+    "superbpe": _split(r"\p{N}+", rf"(?=(\d{{3}}){{1,{_MOST_GROUPS}}}(?!\d))"),
 }
 
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from dllama_mpi.errors import ModelError, RequestError
+from dllama_mpi.errors import DllamaError, ModelError, RequestError
 
 from .files import read_json
 from .token_bytes import ByteRules
@@ -104,7 +104,10 @@ class Tokenizer:
         model_folder = model_dir if model_dir.is_dir() else model_dir.parent
         folders = tuple(dict.fromkeys([file.parent, model_folder]))
         try:
-            backend = Backend.from_file(str(file))
+            with _panics(f"{file} cannot be read", ModelError):
+                backend = Backend.from_file(str(file))
+        except ModelError:
+            raise
         except Exception as error:  # the library raises bare Exception for every kind of broken file
             raise ModelError(f"{file} cannot be read: {error}; download it again, or give one by --tokenizer") from None
         settings = _first(folders, "tokenizer_config.json")
@@ -133,7 +136,7 @@ class Tokenizer:
                 No end token is ever added: there would be nothing to continue.
 
         Raises:
-            RequestError: the text is not valid Unicode.
+            RequestError: the text is not valid Unicode, or the tokenizer's expressions take too long on it.
         """
         try:
             text.encode()  # JSON and argv can smuggle in half a surrogate pair, and the library may guess at it
@@ -141,11 +144,12 @@ class Tokenizer:
             raise RequestError(
                 f"character {error.start} of the text is {text[error.start]!a}, half a surrogate pair; send valid UTF-8"
             ) from None
-        if len(text) > _LONG:
-            with self._huge if len(text) > _HUGE else contextlib.nullcontext():
-                encoding = self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
-        else:
-            encoding = self._backend.encode(text, add_special_tokens=False)
+        with _panics(f"the tokenizer of {self.origin} gives up on this text", RequestError):
+            if len(text) > _LONG:
+                with self._huge if len(text) > _HUGE else contextlib.nullcontext():
+                    encoding = self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
+            else:
+                encoding = self._backend.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         if not add_special_tokens or ids[: len(self._prefix)] == self._prefix:
             return ids
@@ -204,7 +208,8 @@ class Tokenizer:
         `add_bos_token` in tokenizer_config.json overrules the post-processor, as it does in transformers:
         DeepSeek's tokenizer.json leaves BOS to it.
         """
-        sample = self._backend.encode("a", add_special_tokens=True)
+        with _panics(f"{self.origin} cannot be used", ModelError):
+            sample = self._backend.encode("a", add_special_tokens=True)
         before = len(list(takewhile(bool, sample.special_tokens_mask)))
         prefix: list[int] = sample.ids[:before]
         if before == len(sample.ids):  # a vocabulary without "a": what follows the text is counted too
@@ -214,6 +219,17 @@ class Tokenizer:
         if add_bos and self.bos_id is not None and self.bos_id not in prefix:
             return [self.bos_id, *prefix]
         return prefix
+
+
+@contextlib.contextmanager
+def _panics(what: str, kind: type[DllamaError]) -> Iterator[None]:
+    """Turn a panic of the library into an error: of an expression whose matches take too long, or of a broken file."""
+    try:
+        yield
+    except BaseException as error:  # pyo3's is none of Exception, and has no name to import it by
+        if type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{what}: {str(error)[:200]}") from None
 
 
 def _find_tokenizer_json(path: Path) -> Path:

@@ -100,6 +100,11 @@ class Metadata(Mapping[str, Any]):
         value = self._found.get(key)
         return value.count if isinstance(value, _List) else None
 
+    def whole(self, key: str, default: int) -> int:
+        """Return a whole number, the default where there is none; -1 for a value of another type."""
+        value = self._found.get(key, default)
+        return value if type(value) is int else -1
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
 
@@ -318,21 +323,19 @@ class GgufModel:
         self.metadata = self.files[0].metadata
         self.tensors: dict[str, TensorInfo] = {}
         for number, file in enumerate(self.files):
-            said = file.metadata.get("split.no", 0), file.metadata.get("split.count", 1) or 1
+            said = file.metadata.whole("split.no", 0), file.metadata.whole("split.count", 1) or 1
             if said != (number, len(self.files)):
                 raise ModelError(
-                    f"{file.path}: says that it is file {str(said[0])[:20]} of {str(said[1])[:20]}, counted from 0, and"
+                    f"{file.path}: says that it is file {said[0]} of {said[1]}, counted from 0, and"
                     f" lies as {number} of {len(self.files)}; get the whole set, under its own names"
                 )
             twice = next((name for name in file.tensors if name in self.tensors), None)
             if twice is not None:
                 raise ModelError(f"{file.path}: tensor {twice[:80]} is in two files of the set; get it again")
             self.tensors |= file.tensors
-        wanted = self.metadata.get("split.tensors.count", len(self.tensors))
+        wanted = self.metadata.whole("split.tensors.count", len(self.tensors))
         if wanted != len(self.tensors):
-            raise ModelError(
-                f"{self.path}: the set has {len(self.tensors)} tensors and says {str(wanted)[:20]}; get it again"
-            )
+            raise ModelError(f"{self.path}: the set has {len(self.tensors)} tensors and says {wanted}; get it again")
 
     @property
     def size(self) -> int:
