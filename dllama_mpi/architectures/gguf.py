@@ -10,7 +10,7 @@ from ..errors import ModelError
 from ..kernels.layout import FORMATS, TileFormat
 from ..model.config import ModelConfig
 from ..model.tensors import HEAD, TABLE, Kind, tensors
-from ..weights.gguf_tensors import GgufTensors
+from ..weights.gguf_tensors import C, FileTensors, GgufTensors
 from ..weights.mapped import MappedSource, Place
 from .gguf_fields import Fields
 from .gguf_places import SKIPPED, places
@@ -356,10 +356,11 @@ def gguf_source(source: GgufTensors, config: ModelConfig) -> MappedSource:
         del found[HEAD]
     layers = config.num_layers
     later = [rf"^blk\.{layer}\." for layer in range(layers, int(f.need("block_count")))]
-    return MappedSource(source, found, [*SKIPPED, *later], _held(source, config, found))
+    return MappedSource(source, found, [*SKIPPED, *later], held_formats(source, config, found))
 
 
-def _held(source: GgufTensors, config: ModelConfig, found: Mapping[str, Place]) -> dict[str, TileFormat]:
+def held_formats(source: FileTensors[C], config: ModelConfig, found: Mapping[str, Place]) -> dict[str, TileFormat]:
+    """Return the format of every matrix that keeps what a file holds; {} of a file of plain numbers alone."""
     held: dict[str, TileFormat | None] = {}
     for spec in tensors(config):
         name = spec.name
