@@ -9,7 +9,7 @@ from ..model.config import ModelConfig
 from ..weights.dllama import LLAMA, QWEN3_MOE, DllamaFile
 from ..weights.gguf_tensors import FileTensors
 from ..weights.mapped import MappedSource
-from .gguf import held_formats
+from .base import held_formats
 from .gguf_places import places
 from .registry import read_model_config
 
@@ -106,4 +106,4 @@ def dllama_source(source: DllamaTensors, config: ModelConfig) -> MappedSource:
     file = source.model
     neighbours = file.architecture == LLAMA and file.get("rope_type") != _ROPE_HALVES
     found = places(config, set(source.names()), permuted=neighbours)
-    return MappedSource(source, found, (), held_formats(source, config, found))
+    return MappedSource(source, found, (), held_formats(config, found, source.format_of))

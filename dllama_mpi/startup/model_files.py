@@ -14,7 +14,7 @@ from ..errors import ModelError
 from ..model.config import ModelConfig
 from ..text.dllama_tokenizer import dllama_tokenizer, tokenizer_files
 from ..text.dllama_vocabulary import DllamaVocabulary, dllama_tokenizer_in
-from ..text.gguf_tokenizer import gguf_tokenizer
+from ..text.gguf_tokenizer import gguf_tokenizer, has_vocabulary
 from ..text.tokenizer import Tokenizer
 from ..weights.dllama import DllamaFile, dllama_in
 from ..weights.gguf import GgufFile, GgufModel, Metadata, gguf_in, split_set
@@ -104,7 +104,8 @@ class GgufModelFile:
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the tokenizer that its metadata hold."""
-        return gguf_tokenizer(self.container.metadata, str(self.path))
+        metadata = self.container.metadata
+        return gguf_tokenizer(metadata, str(self.path)) if has_vocabulary(metadata) else None
 
     def stop_ids(self) -> list[int]:
         """Return the ids that end a text."""

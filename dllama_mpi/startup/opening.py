@@ -16,7 +16,7 @@ from ..model.recipe import DEFAULT, WeightRecipe, bits_per_weight
 from ..model.shapes import shape_config
 from ..model.tensors import HEAD, TABLE, Kind, tensors
 from ..text.files import read_json
-from ..text.gguf_tokenizer import gguf_templates, gguf_tokenizer
+from ..text.gguf_tokenizer import gguf_templates, gguf_tokenizer, has_vocabulary
 from ..text.tokenizer import Tokenizer, declared_ids
 from ..weights.checkpoint import Checkpoint
 from ..weights.mapped import MappedSource
@@ -200,7 +200,7 @@ def load_tokenizer(folder: Path, given: str | None = None, rows: int | None = No
     has_own = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     metadata = None if has_own else gguf_metadata(folder)
     if given is None and metadata is not None:
-        return gguf_tokenizer(metadata, str(folder))
+        return gguf_tokenizer(metadata, str(folder)) if has_vocabulary(metadata) else None
     if given is not None:
         tokenizer: Tokenizer | None = read_tokenizer(Path(given), folder, rows)
     elif has_own:
