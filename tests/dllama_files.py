@@ -109,7 +109,7 @@ def tokens_of(backend: tokenizers.Tokenizer) -> list[bytes]:
     """Return the bytes of each token as the converter of byte-level vocabularies takes them."""
     found = []
     for token_id in range(backend.get_vocab_size()):
-        text = backend.id_to_token(token_id)
+        text = str(backend.id_to_token(token_id))
         found.append(b"".join(bytes([BYTE_OF[c]]) if c in BYTE_OF else c.encode() for c in text))
     return found
 
@@ -122,10 +122,17 @@ def tokenizer_bytes(
     add_bos: bool = True,
     template: str = "",
     scores: Sequence[float] | None = None,
-    **more: int,
+    **more: int | None,
 ) -> bytes:
     """Return a .t file; more: values of the header by key, as key_3=5."""
-    said = {3: bos, 0: 1, 1: len(tokens), 2: max(map(len, tokens)), 9: len(eos), 10: int(add_bos)}
+    said: dict[int, int | None] = {
+        3: bos,
+        0: 1,
+        1: len(tokens),
+        2: max(map(len, tokens)),
+        9: len(eos),
+        10: int(add_bos),
+    }
     if template:
         said[7] = len(template.encode())
     said |= {int(name.removeprefix("key_")): value for name, value in more.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,7 @@ def changed(data: bytes, kind: str = "Q4_0", **values: int | None) -> bytes:
     return header_bytes(kept) + data[len(header_bytes(head)) :]
 
 
-BAD = {
+BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "nothing": (lambda data: b"", "ends within its header, at byte 0"),
     "three bytes": (lambda data: data[:3], "ends within its header, at byte 3"),
     "text": (lambda data: b"function y = f(x)", r"not a model of Distributed Llama \(it begins with 0x636e7566\)"),

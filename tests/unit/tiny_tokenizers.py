@@ -61,7 +61,8 @@ def byte_level_after(
     trainer = trainers.BpeTrainer(
         vocab_size=420, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
     )
-    backend.train_from_iterator([*SENTENCES, "In 1984 there were 12345 of 123456, 1234 or 2024."] * 2, trainer)
+    numbers = " ".join(str(number) for number in range(100, 400))
+    backend.train_from_iterator([*SENTENCES, numbers, "def f():\n    if x:\n        return  1\n" * 9], trainer)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     return backend
 
