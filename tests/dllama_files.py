@@ -122,9 +122,9 @@ def tokenizer_bytes(
     add_bos: bool = True,
     template: str = "",
     scores: Sequence[float] | None = None,
-    **more: int | None,
+    changes: Mapping[int, int | None] | None = None,
 ) -> bytes:
-    """Return a .t file; more: values of the header by key, as key_3=5."""
+    """Return a .t file; changes: other values of the header, by key; None: without it."""
     said: dict[int, int | None] = {
         3: bos,
         0: 1,
@@ -135,7 +135,7 @@ def tokenizer_bytes(
     }
     if template:
         said[7] = len(template.encode())
-    said |= {int(name.removeprefix("key_")): value for name, value in more.items()}
+    said |= changes or {}
     data = b"".join(struct.pack("<ii", key, value) for key, value in said.items() if value is not None)
     parts = [struct.pack("<ii", 0x567124, 8 + len(data)), data, template.encode(), struct.pack(f"<{len(eos)}i", *eos)]
     return b"".join(parts) + vocabulary_bytes(tokens, scores)
