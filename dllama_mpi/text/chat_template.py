@@ -72,7 +72,7 @@ class ChatTemplate:
         if tokenizer.templates:
             return cls(tokenizer.templates, tokenizer.special_tokens, tokenizer.origin)
         for folder in tokenizer.folders:
-            sources = _sources_in(folder)
+            sources = sources_in(folder)
             if sources:
                 return cls(sources, tokenizer.special_tokens, str(folder))
         where = " and ".join(str(folder) for folder in tokenizer.folders) or "the tokenizer"
@@ -137,7 +137,7 @@ def _chosen(choice: str) -> str:
     raise UsageError(f"--chat-template is {choice!r}; it must be {CHOICES} or the path of a .jinja file")
 
 
-def _sources_in(folder: Path) -> dict[str, str]:
+def sources_in(folder: Path) -> dict[str, str]:
     """Return the templates of a model directory by name; {} if it has none.
 
     transformers writes chat_template.jinja today, and before wrote a string or a list of

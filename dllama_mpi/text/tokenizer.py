@@ -122,6 +122,11 @@ class Tokenizer:
         eos_ids = [token_id for config in configs for token_id in declared_ids(config, "eos_token_id")]
         return cls(backend, special_tokens, add_bos if isinstance(add_bos, bool) else None, eos_ids, folders)
 
+    @property
+    def adds_bos(self) -> bool:
+        """Whether encoding starts a text with BOS."""
+        return self.bos_id is not None and self.bos_id in self._prefix
+
     def to_json(self) -> str:
         """Return the tokenizer as the text of a tokenizer.json."""
         text: str = self._backend.to_str()

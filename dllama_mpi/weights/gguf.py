@@ -7,8 +7,6 @@ and a file may come from anyone. Lists are decoded when they are asked for: a vo
 from __future__ import annotations
 
 import hashlib
-import mmap
-import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -20,7 +18,8 @@ import numpy as np
 
 from ..errors import ModelError
 from ..kernels.strings import join_strings, skip_strings
-from .gguf_types import TYPES, BlockType
+from .gguf_types import TYPES
+from .mapped_file import MappedFile, TensorInfo
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -31,7 +30,6 @@ _ALIGNMENT, _MOST_ALIGNMENT = 32, 1 << 20
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _LIST = 8, 9
 _SPLIT = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
-_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -42,22 +40,6 @@ class _List:
     count: int
     start: int
     end: int
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor is.
-
-    Attributes:
-        shape: rows before columns, experts before both. start: of its bytes in the file. file: which of a split set.
-    """
-
-    name: str
-    type: BlockType
-    shape: tuple[int, ...]
-    start: int
-    size: int
-    file: int = 0
 
 
 class Metadata(Mapping[str, Any]):
@@ -172,12 +154,11 @@ class _Reader:
         return found
 
 
-class GgufFile:
+class GgufFile(MappedFile):
     """One file.
 
     Attributes:
-        data: all of it, mapped, (n,) uint8. metadata, tensors: see their types; tensors in the order of the file.
-        header: bytes before the tensors' data.
+        metadata: what it says beside its tensors.
     """
 
     def __init__(self, path: Path, number: int = 0) -> None:
@@ -186,13 +167,8 @@ class GgufFile:
         Raises:
             ModelError: it cannot be read, or something in it cannot be.
         """
-        self.path, self._number = path, number
-        try:
-            size = path.stat().st_size
-            self.map = np.memmap(path, np.uint8, mode="c") if size else np.zeros(0, np.uint8)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path}: cannot be read: {error}") from None
-        self.data: np.ndarray = np.frombuffer(self.map.data, np.uint8)
+        super().__init__(path)
+        self._number = number
         self.metadata = Metadata(self.data)
         reader = _Reader(path, self.data)
         tensors, keys = self._read_start(reader)
@@ -279,29 +255,9 @@ class GgufFile:
             raise reader.error(f"tensor {shown} has {shape[-1]} columns, and {kind.name} blocks of {kind.columns}")
         return TensorInfo(name, kind, shape, start, elements // kind.columns * kind.size)
 
-    def bytes_of(self, info: TensorInfo) -> np.ndarray:
-        """Return a tensor's bytes, (n,) uint8, mapped."""
-        return self.data[info.start : info.start + info.size]
-
     def without_tensors(self) -> bytes:
         """Return a GGUF file of the metadata alone."""
         return self.data[:8].tobytes() + bytes(8) + self.data[16 : self._end_of_keys].tobytes()
-
-    def sample(self, digest: Any) -> None:
-        """Put size, header and 4 KB from the middle of each tensor into a digest."""
-        digest.update(f"{self.path.name} {self.data.size} ".encode() + self.data[: self.header].tobytes())
-        with self.path.open("rb", buffering=0) as file:
-            for info in self.tensors.values():
-                size = min(_SAMPLE_BYTES, info.size)
-                digest.update(os.pread(file.fileno(), size, info.start + (info.size - size) // 2))
-
-    def release(self, start: int, size: int) -> None:
-        """Give back the memory of pages that were read; what they share with neighbours stays."""
-        mapped = getattr(self.map, "_mmap", None)
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if mapped is not None and hasattr(mmap, "MADV_DONTNEED") and length > 0:
-            mapped.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 class GgufModel:
