@@ -18,7 +18,7 @@ from ..model.recipe import DEFAULT, WeightRecipe, bits_per_weight
 from ..model.shapes import shape_config
 from ..model.tensors import HEAD, TABLE, Kind, tensors
 from ..text.files import read_json
-from ..text.gguf_tokenizer import gguf_templates, gguf_tokenizer
+from ..text.gguf_tokenizer import gguf_templates, gguf_tokenizer, has_vocabulary
 from ..text.tokenizer import Tokenizer, declared_ids
 from ..weights.checkpoint import Checkpoint
 from ..weights.gguf import GgufFile, GgufModel, Metadata, gguf_in, split_set
@@ -203,7 +203,7 @@ def load_tokenizer(folder: Path, given: str | None = None) -> Tokenizer | None:
     """
     has_own = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     metadata = None if has_own else gguf_metadata(folder)
-    if given is None and metadata is not None:
+    if given is None and metadata is not None and has_vocabulary(metadata):
         return gguf_tokenizer(metadata, str(folder))
     if given is None and not has_own:
         return None

@@ -148,6 +148,11 @@ def gguf_tokenizer(metadata: Mapping[str, Any], origin: str) -> Tokenizer:
     )
 
 
+def has_vocabulary(metadata: Mapping[str, Any]) -> bool:
+    """Return whether the metadata of a GGUF file have a tokenizer at all."""
+    return bool(metadata.get(MODEL, "none") != "none")
+
+
 def gguf_templates(metadata: Mapping[str, Any], origin: str) -> dict[str, str]:
     """Return the chat templates of a GGUF file by name; {} if it has none.
 
