@@ -27,27 +27,27 @@ def check_config(config: ModelConfig, read: ModelConfig) -> str:
         ModelError: the file would be read as another model.
     """
     arch, found = gguf_architecture(config), list(_differences(config, read, ""))
-    ignored = [each for each in found if each[0].endswith(".window") and arch not in WITH_WINDOWS and not each[2]]
-    wrong = next((each for each in found if each not in ignored), None)
+    windows = [each for each in found if each[0].endswith(".window") and arch not in WITH_WINDOWS and not each[2]]
+    wrong = next((each for each in found if each not in windows), None)
     if wrong is not None:
         name, ours, theirs = wrong
         raise ModelError(
-            f"this model cannot be exported: GGUF's {arch} has no words for {name} {_shown(ours)}, it would be read as"
-            f" {_shown(theirs)}"
+            f"this model cannot be exported: GGUF's {arch} has no words for {name.lstrip('.')} {_shown(ours)}; it would"
+            f" be read as {_shown(theirs)}"
         )
-    window = min((ours for _, ours, _ in ignored), default=config.max_position_embeddings)
-    if window >= config.max_position_embeddings:
+    window = min((ours for _, ours, _ in windows), default=0)
+    if arch == "phi3":  # the file has it, and llama.cpp does not use it
+        window = config.window
+    if not 0 < window < config.max_position_embeddings:
         return ""
-    return (
-        f"GGUF's {arch} has no windows: from position {window} on llama.cpp will see more than this model was made for"
-    )
+    return f"llama.cpp's {arch} has no windows: from position {window} on it will see more than this model was made for"
 
 
 def _differences(ours: Any, theirs: Any, name: str) -> Iterator[tuple[str, Any, Any]]:
     """Yield what differs: its name and both values."""
     if isinstance(ours, RopeConfig) and isinstance(theirs, RopeConfig):
         if not _same_angles(ours, theirs):
-            yield f"{name}", ours.kind, theirs.kind
+            yield name, f"of type {ours.kind} with its parameters", f"another one, of type {theirs.kind}"
     elif is_dataclass(ours) and type(ours) is type(theirs):
         for each in fields(ours):
             if each.name not in _NAMES:

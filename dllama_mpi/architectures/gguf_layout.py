@@ -21,6 +21,11 @@ from .gguf_places import places
 
 # Of several names that an architecture has for the same, those that llama.cpp asks for.
 _FUSED = {"phi3": ("attn_q", "attn_k", "attn_v"), "qwen3next": ("ssm_in", "ffn_gate_up_exps")}
+# Of biases that models of few architectures have: those in which llama.cpp looks for them.
+_BIASED = {
+    "attn_output.bias": ("llama", "mistral3", "granite", "granitemoe", "ernie4_5", "gpt-oss"),
+    **{f"ffn_{part}.bias": ("llama", "mistral3", "granite") for part in ("gate", "up", "down")},
+}
 _PLAIN_ROLES = ("router", "shared_gate")  # float32 in every file
 _PIECE_WEIGHTS = 1 << 22  # values of a matrix that are made at once: 16 MB of float32
 _TYPE_OF = {name: BY_NAME[kind] for kind, name in FORMAT_OF.items()}
@@ -73,7 +78,7 @@ def names_of(arch: str, layers: int) -> set[str]:
             continue
         for layer in range(layers) if "{bid}" in stem else (0,):
             found.update(stem.format(bid=layer) + leaf for leaf in (".weight", ".bias", ""))
-    return found
+    return {name for name in found if arch in _BIASED.get(name.split(".", 2)[-1], (arch,))}
 
 
 def layout(config: ModelConfig, arch: str, formats: Mapping[str, TileFormat], table: BlockType) -> list[GgufTensor]:
@@ -91,9 +96,13 @@ def layout(config: ModelConfig, arch: str, formats: Mapping[str, TileFormat], ta
         if spec.name == HEAD and config.tie_word_embeddings:
             continue
         place = found[spec.name]
-        if not isinstance(place, Ref) or (place.name not in names and spec.name != HEAD):
-            raise ModelError(f"{spec.name} of this model has no place among the tensors of GGUF's {arch}")
-        made.setdefault(place.name, []).append((spec, place))
+        parts = made.setdefault(place.names[0], [])
+        is_new = place.names[0] not in names and spec.name != HEAD
+        if not isinstance(place, Ref) or is_new or any(other.kind is not spec.kind for other, _ in parts):
+            raise ModelError(
+                f"this model cannot be exported: {spec.name} has no place among the tensors of GGUF's {arch}"
+            )
+        parts.append((spec, place))
     return [_tensor(config, name, parts, formats, table) for name, parts in made.items()]
 
 
