@@ -25,11 +25,11 @@ from ..text.gguf_tokenizer import MODEL
 from ..text.gguf_vocabulary import vocabulary_keys
 from ..weights.blocks import BlockTensor
 from ..weights.files import model_name
-from ..weights.gguf import GgufModel
+from ..weights.gguf import GgufFile, GgufModel
 from ..weights.gguf_pack import FORMAT_OF
 from ..weights.gguf_tensors import GgufTensors
 from ..weights.gguf_types import BY_NAME, BlockType
-from ..weights.gguf_write import NEEDS_GGUF, GgufOut, Slot, read_keys, write_header
+from ..weights.gguf_write import NEEDS_GGUF, GgufOut, Slot, keys_of, write_header
 from .opening import METADATA, ModelFiles, load_tokenizer
 
 TYPES = {"q4_0": "q40", "q8_0": "q80", "f16": "f16"}
@@ -135,13 +135,14 @@ class Export:
 
     def _copied(self) -> dict[str, Any] | None:
         """Return the metadata of the GGUF file that the model is, or was converted from; None of another model."""
+        kept = self.opened.folder / METADATA
         if self.opened.gguf is not None:
-            path = self.opened.gguf.model.path
-        elif (self.opened.folder / METADATA).is_file():
-            path = self.opened.folder / METADATA
+            metadata = self.opened.gguf.model.metadata
+        elif kept.is_file():
+            metadata = GgufFile(kept).metadata
         else:
             return None
-        found: dict[str, Any] = {**read_keys(path)}
+        found: dict[str, Any] = {**keys_of(metadata)}
         return {key: value for key, value in found.items() if key not in _OLD and not key.startswith(_OLD_GROUPS)}
 
     def keys(self) -> tuple[dict[str, Any], list[str]]:

@@ -60,10 +60,15 @@ def vocabulary_keys(tokenizer: Tokenizer, size: int, arch: str) -> tuple[Json, s
         raise ModelError(f"the tokenizer has {tokenizer.vocab_size} tokens, and the model's table {size} rows")
     texts, types = _tokens(tokenizer, data, size)
     prefix = _prefix(tokenizer)
+    starts = bool(prefix) and prefix == [tokenizer.bos_id]
     special = {name: tokenizer.token_id(text) for name, text in tokenizer.special_tokens.items()}
     keys: Json = {}
     if _is_byte_level(data):
-        keys |= {MODEL: "gpt2", PRE: _name_of(data, [texts[token_id] for token_id in prefix]), MERGES: _merges(data)}
+        keys |= {
+            MODEL: "gpt2",
+            PRE: _name_of(data, [] if starts else [texts[token_id] for token_id in prefix]),
+            MERGES: _merges(data),
+        }
     else:
         keys |= {MODEL: "llama", PRE: "default", SPACE_PREFIX: _space_prefix(data)}
         keys[SCORES] = _scores(data, texts)
@@ -172,7 +177,7 @@ def _name_of(data: Json, prefix: Sequence[str]) -> str:
     changes = [part["type"] for part in _parts(data.get("normalizer"), "normalizers")]
 
     def fits(kind: PreTokenizer) -> bool:
-        begins = not kind.prefix or [*kind.prefix] == [*prefix]
+        begins = [*kind.prefix] == [*prefix]
         does = kind.ignore_merges == ignores and (["NFC"] if kind.nfc else []) == changes
         return begins and does and _cuts(json.loads(kind.build().__getstate__())) == cuts
 

@@ -12,8 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from ..errors import ModelError, UsageError
-from .gguf import MAGIC
+from ..errors import UsageError
+from .gguf import MAGIC, Metadata
 from .gguf_types import BlockType
 from .partial import partial_path, sync, sync_folder
 
@@ -23,7 +23,7 @@ _ALIGNMENT = 32
 
 @dataclass(frozen=True)
 class Key:
-    """A value of the metadata of a type that is not to be guessed; kind, of: ggml's numbers; of: a list's elements'."""
+    """A value of the metadata with ggml's number of its type; of: that of a list's elements."""
 
     value: Any
     kind: int
@@ -40,21 +40,12 @@ class Slot:
     size: int
 
 
-def read_keys(path: Path) -> dict[str, Key]:
-    """Return the metadata of a GGUF file with their types.
-
-    Raises:
-        ModelError: the package gguf is not installed.
-    """
-    try:
-        import gguf
-    except ImportError:
-        raise ModelError(NEEDS_GGUF) from None
+def keys_of(metadata: Metadata) -> dict[str, Key]:
+    """Return the metadata of a GGUF file with their types."""
     found = {}
-    for field in gguf.GGUFReader(path).fields.values():
-        if not field.name.startswith("GGUF."):
-            of = int(field.types[-1]) if len(field.types) > 1 else None
-            found[field.name] = Key(field.contents(), int(field.types[0]), of)
+    for key in metadata:
+        value, (kind, of) = metadata[key], metadata.kind(key)
+        found[key] = Key(value.tolist() if isinstance(value, np.ndarray) else value, kind, of)
     return found
 
 
