@@ -262,6 +262,11 @@ def test_scores_join_what_merges_join(prefixed: bool) -> None:
         assert again.encode(text) == made.encode(text)
 
 
+def test_spaces_beside_special_tokens_are_told() -> None:
+    said = vocabulary_keys(Tokenizer(sentencepiece(metaspace=True), {"bos_token": "<s>"}), 400, "llama")[1]
+    assert said.startswith("spaces beside special tokens will be read in another way")
+
+
 def _other_words() -> tokenizers.Tokenizer:
     backend = byte_level()
     split = tokenizers.pre_tokenizers.Split(tokenizers.Regex("[a-z]+"), "isolated")
