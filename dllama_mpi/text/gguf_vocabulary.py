@@ -249,20 +249,22 @@ def _check(tokenizer: Tokenizer, keys: Mapping[str, Any], arch: str, data: Json)
         ModelError: texts become other tokens.
     """
     made = gguf_tokenizer({**keys, "general.architecture": arch}, "the new file")
+    # A Metaspace puts no space before a text that has one, which llama.cpp does as sentencepiece did.
+    marks = any(cut["type"] == "Metaspace" for cut in _parts(data.get("pre_tokenizer"), "pretokenizers"))
     texts = keys[TOKENS]
     some = [tokenizer.token_text(token_id) for token_id in range(0, len(texts), max(1, len(texts) // _SAMPLES))]
     for text in (*_TEXTS, " ".join(some), "".join(some), "\n".join(some)):
         for added in tokenizer.added_tokens:
             text = text.replace(added, "") if len(added) > 1 and added in text else text
+        text = text.lstrip(" ") if marks else text
         if made.encode(text) != tokenizer.encode(text):
             raise _refused("cannot be written as GGUF has it: texts would become other tokens")
     text = "".join(f"x{token}y {token} z" for token in [*tokenizer.added_tokens][:_SAMPLES])
-    if made.encode(text) == tokenizer.encode(text):
+    if all(made.encode(each) == tokenizer.encode(each) for each in (text, "  x")):
         return ""
-    cuts = [*_parts(data.get("pre_tokenizer"), "pretokenizers")]
-    strips = any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in data["added_tokens"])
-    if strips or any(cut.get("prepend_scheme") == "first" for cut in cuts):
+    if marks or any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in data["added_tokens"]):
         return (
-            "spaces beside special tokens will be read in another way: GGUF has no words for what this tokenizer does"
+            "spaces at the beginning of texts and beside special tokens will be read in another way: GGUF has no words"
+            " for what this tokenizer does"
         )
     raise _refused("cannot be written as GGUF has it: special tokens in texts would be read in another way")
