@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 import tokenizers
 
 from dllama_mpi.architectures.gguf_check import check_config
-from dllama_mpi.errors import DllamaError, ModelError, UsageError
+from dllama_mpi.errors import ModelError, UsageError
 from dllama_mpi.kernels.layout import FORMATS
 from dllama_mpi.model.config import ModelConfig
 from dllama_mpi.model.recipe import WeightRecipe, whole_parts
@@ -35,7 +36,6 @@ from tests.all_cases import ALL_CASES
 from tests.gguf_files import write_gguf
 from tests.one_rank import OneRank
 from tests.tiers import all_but
-from tests.tiny_models.case import Case
 from tests.tiny_models.files import write_model
 from tests.unit.conversions import run as convert_to
 from tests.unit.test_gguf_models import CHANGES, changed
@@ -91,10 +91,12 @@ def test_logits_are_those_of_the_directory(name: str, tmp_path: Path) -> None:
     case = changed(name)
     source = write_model(case, tmp_path / "hf")
     ids = np.random.default_rng(1).integers(0, 90, 24).tolist()
-    options: dict[str, Any] = {"weights": "f32", "nthreads": 1, "max_seq_len": 64, "quiet": True}
+    options: dict[str, Any] = {"weights": "f16", "nthreads": 1, "max_seq_len": 64, "quiet": True}
     found = [OneRank(path, **options).logits(ids) for path in (source, export(source, tmp_path / "m.gguf"))]
     assert np.abs(found[0]).max() > 1
-    np.testing.assert_allclose(found[1], found[0], atol=0.1)  # float16 has 11 bits
+    off = np.abs(found[1] - found[0])  # float16 has 11 bits
+    assert off.mean() < 0.02
+    assert off.max() < 0.3
 
 
 def test_names_are_those_that_the_converter_writes(tmp_path: Path) -> None:
@@ -324,6 +326,12 @@ def test_unknown_family() -> None:
         Export(replace(opened, config=replace(opened.config, model_type="mamba"))).keys()
 
 
+def test_package_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ModelError, match="written with the package gguf: pip install"):
+        Export(open_model("demo")).keys()
+
+
 @pytest.mark.parametrize(("name", "arch"), [("mistral", "llama"), ("qwen2_sliding", "qwen2"), ("phi3", "phi3")])
 def test_windows_that_llama_cpp_has_not_are_told(
     name: str, arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -332,9 +340,9 @@ def test_windows_that_llama_cpp_has_not_are_told(
     assert capsys.readouterr().err.startswith(f"llama.cpp's {arch} has no windows: from position 1")
 
 
-def refused(path: Path, message: str, kind: type[DllamaError] = UsageError) -> None:
+def refused(path: Path, message: str) -> None:
     before = {each.name for each in path.parent.iterdir()}
-    with pytest.raises(kind, match=message):
+    with pytest.raises(UsageError, match=message):
         export("demo", path)
     assert {each.name for each in path.parent.iterdir()} == before
 
@@ -365,8 +373,7 @@ def test_what_fails_leaves_nothing_and_a_leftover_is_replaced(tmp_path: Path, mo
 
 
 def test_values_that_float16_has_not(tmp_path: Path) -> None:
-    case: Case = ALL_CASES["llama2"]
-    source = write_model(case, tmp_path / "hf")
+    source = write_model(ALL_CASES["llama2"], tmp_path / "hf")
     path = source / "model.safetensors"
     data = bytearray(path.read_bytes())
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -375,24 +382,3 @@ def test_values_that_float16_has_not(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ModelError, match=r"up_proj.weight has values above 65504, which F16 cannot hold; give --type"):
         export(source, tmp_path / "m.gguf")
-
-
-# ---- llama.cpp
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
-def test_llama_cpp_agrees(kind: str, tmp_path: Path) -> None:
-    llama_cpp = pytest.importorskip("llama_cpp", reason="no llama.cpp: pip install 'dllama-mpi[bench]'")
-    file = export("demo", tmp_path / "m.gguf", kind)
-    other = llama_cpp.Llama(str(file), logits_all=True, n_ctx=512, verbose=False)
-    tokenizer = load_tokenizer(DEMO)
-    assert tokenizer is not None
-    for text in (*HARD_TEXTS[1:], *SENTENCES):
-        assert other.tokenize(text.encode(), add_bos=True, special=True) == tokenizer.encode(text)
-    ids = tokenizer.encode((DEMO / "heldout.txt").read_text(encoding="utf-8")[:600])
-    other.eval(ids)
-    theirs = np.array(other.scores[: len(ids)])
-    ours = OneRank(file, weights="f16" if kind == "f16" else None, max_seq_len=512, quiet=True).logits(ids)
-    assert (ours.argmax(-1) == theirs.argmax(-1)).mean() > 0.95
-    assert np.abs(ours - theirs).mean() < (0.01 if kind == "f16" else 0.2)
