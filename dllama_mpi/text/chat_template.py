@@ -69,12 +69,9 @@ class ChatTemplate:
             # A format made for other models may name tokens that this one lacks.
             special_tokens = {"bos_token": "", "eos_token": ""} | tokenizer.special_tokens
             return cls({"default": _chosen(choice)}, special_tokens, choice)
-        if tokenizer.templates:
-            return cls(tokenizer.templates, tokenizer.special_tokens, tokenizer.origin)
-        for folder in tokenizer.folders:
-            sources = sources_in(folder)
-            if sources:
-                return cls(sources, tokenizer.special_tokens, str(folder))
+        sources, origin = template_sources(tokenizer)
+        if sources:
+            return cls(sources, tokenizer.special_tokens, origin)
         where = " and ".join(str(folder) for folder in tokenizer.folders) or "the tokenizer"
         raise ModelError(
             f"{where} has no chat template; a base model continues text and does not chat; "
@@ -125,6 +122,16 @@ class ChatTemplate:
             f"the chat template of {self.origin} fails on these messages: {answer.get('failed')}; "
             f'each needs a "role" and a "content" the template can read'
         )
+
+
+def template_sources(tokenizer: Tokenizer) -> tuple[dict[str, str], str]:
+    """Return the templates that came with a tokenizer or its model, by name, and where they are from; {} if none."""
+    if tokenizer.templates:
+        return tokenizer.templates, tokenizer.origin
+    for folder in tokenizer.folders:
+        if sources := sources_in(folder):
+            return sources, str(folder)
+    return {}, ""
 
 
 def _chosen(choice: str) -> str:

@@ -30,7 +30,7 @@ _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _LINES = r"\s*[\r\n]+"
 _SPACES = r"\s+(?!\S)|\s+"
-_GPT2_WORDS = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}"
+GPT2_EXPRESSION = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ASCII_MARKS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
 _HAN_AND_KANA = "[一-龥぀-ゟ゠-ヿ]+"
@@ -127,7 +127,7 @@ _MOST_GROUPS = 200
 # Names of one kind stand together.
 _KINDS: dict[str, PreTokenizer] = {
     # What is assumed of files from before there were names.
-    "default": _split(r"[\p{P}$+<=>^~|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"),
+    "default": _split(r"[\p{P}$+<=>^~|]+", GPT2_EXPRESSION, r"\p{N}+", "[0-9][0-9][0-9]"),
     "llama3 llama-v3 llama-bpe falcon3 pixtral midm-2.0 lfm2": _LLAMA3,
     "dbrx smaug-bpe": _split(_CL100K),
     "chatglm-bpe": _GLM,

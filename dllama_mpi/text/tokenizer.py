@@ -83,8 +83,8 @@ class Tokenizer:
         # get_vocab_size counts entries; ids with gaps between them reach further.
         self.vocab_size = max([backend.get_vocab_size(with_added_tokens=True), *(token_id + 1 for token_id in added)])
         self.leading_spaces = self._rules.leading_spaces
-        self.bos_id = self._id_of(self.special_tokens.get("bos_token"))
-        own_eos = self._id_of(self.special_tokens.get("eos_token"))
+        self.bos_id = self.token_id(self.special_tokens.get("bos_token"))
+        own_eos = self.token_id(self.special_tokens.get("eos_token"))
         declared = [*([] if own_eos is None else [own_eos]), *eos_ids]
         self.eos_ids = tuple(dict.fromkeys(token_id for token_id in declared if 0 <= token_id < self.vocab_size))
         self.stop_ids = frozenset([*self.eos_ids, *end_ids]) | self._well_known_ends()
@@ -193,7 +193,8 @@ class Tokenizer:
         """Tell whether a token is a control token, not shown in the text."""
         return token_id in self._special_ids
 
-    def _id_of(self, token: str | None) -> int | None:
+    def token_id(self, token: str | None) -> int | None:
+        """Return the id of an entry or an added token; None if there is none, or none is asked for."""
         found: int | None = None if token is None else self._backend.token_to_id(token)
         return found
 

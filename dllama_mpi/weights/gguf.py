@@ -51,10 +51,16 @@ class Metadata(Mapping[str, Any]):
     def __init__(self, data: np.ndarray) -> None:
         self._data = data
         self._found: dict[str, Any] = {}
+        self._kinds: dict[str, int] = {}
 
-    def put(self, key: str, value: Any) -> None:
-        """Take a value, or where a list lies."""
-        self._found[key] = value
+    def put(self, key: str, value: Any, kind: int) -> None:
+        """Take a value, or where a list lies, and the number of its type."""
+        self._found[key], self._kinds[key] = value, kind
+
+    def kind(self, key: str) -> tuple[int, int | None]:
+        """Return the number of a value's type, and of a list that of its elements' type."""
+        value = self._found[key]
+        return self._kinds[key], value.kind if isinstance(value, _List) else None
 
     def __getitem__(self, key: str) -> Any:
         value = self._found[key]
@@ -201,7 +207,8 @@ class GgufFile(MappedFile):
             key = reader.name("a key")
             if key in self.metadata:
                 raise reader.error(f"metadata {key[:80]} is there twice")
-            self.metadata.put(key, reader.value(reader.number("I"), key[:80]))
+            kind = reader.number("I")
+            self.metadata.put(key, reader.value(kind, key[:80]), kind)
 
     def _alignment(self, reader: _Reader) -> int:
         value = self.metadata.get("general.alignment", _ALIGNMENT)

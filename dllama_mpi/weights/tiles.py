@@ -175,19 +175,21 @@ def _fill(
         first = (start - rows[0]) // ROWS
         own_scales = scales[ROWS * first : ROWS * first + len(chunk)] if fmt.has_row_scales else NO_SCALES
         if fmt.has_row_scales:  # of whole rows, whatever columns this rank holds
-            _read(tensor, expert, (start, stop), (0, width), chunk)
+            read_rows(tensor, expert, (start, stop), (0, width), chunk)
             own_scales[:] = 0
             update_row_scales(fmt, chunk, own_scales)
             part = np.zeros((len(chunk), ceil_to(cols[1] - cols[0], BLOCK)), np.float32)
             part[:, : cols[1] - cols[0]] = chunk[:, cols[0] : cols[1]]
         else:
-            _read(tensor, expert, (start, stop), cols, chunk)
+            read_rows(tensor, expert, (start, stop), cols, chunk)
             part = chunk
         pack_tiles(fmt, part, tiles[first : first + len(chunk) // ROWS], own_scales)
 
 
-def _read(tensor: Tensor, expert: int, rows: Range, cols: Range, out: np.ndarray) -> None:
-    """Write values into the corner of float32 `out`, whose columns beyond are zero already.
+def read_rows(tensor: Tensor, expert: int, rows: Range, cols: Range, out: np.ndarray) -> None:
+    """Write rows and columns of one expert's matrix, or of the only one, as values into the corner of float32 `out`.
+
+    The columns beyond are zero already.
 
     Raises:
         ModelError: a value is not finite.
