@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ModelError
-from ..kernels.layout import FORMATS, TileFormat
 from ..model.config import ModelConfig
-from ..model.tensors import HEAD, TABLE, Kind, tensors
+from ..model.tensors import HEAD
 from ..weights.gguf_tensors import GgufTensors
-from ..weights.mapped import MappedSource, Place
+from ..weights.mapped import MappedSource
+from .base import held_formats
 from .gguf_fields import Fields
 from .gguf_places import SKIPPED, places
 from .registry import read_model_config
@@ -356,17 +356,4 @@ def gguf_source(source: GgufTensors, config: ModelConfig) -> MappedSource:
         del found[HEAD]
     layers = config.num_layers
     later = [rf"^blk\.{layer}\." for layer in range(layers, int(f.need("block_count")))]
-    return MappedSource(source, found, [*SKIPPED, *later], _held(source, config, found))
-
-
-def _held(source: GgufTensors, config: ModelConfig, found: Mapping[str, Place]) -> dict[str, TileFormat]:
-    held: dict[str, TileFormat | None] = {}
-    for spec in tensors(config):
-        name = spec.name
-        if spec.kind is Kind.MATRIX:
-            place = found.get(name, found[TABLE])
-            names = [each for each in place.names if each in source]
-            held[name] = source.type_of(names[0]).format if names else None
-    if not any(held.values()):
-        return {}
-    return {name: fmt or FORMATS["f16"] for name, fmt in held.items()}
+    return MappedSource(source, found, [*SKIPPED, *later], held_formats(config, found, source.format_of))

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     with group.together():
         opened = open_model(str(folder))
         config, source, formats = opened.config, opened.whole, opened.formats(args.weights)
-        if group.is_root and (said := opened.requantised(args.weights)):
+        if group.is_root and (said := opened.told(args.weights)):
             say(said)
         if args.only is not None:
             files = _slices(args, opened)

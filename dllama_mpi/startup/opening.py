@@ -8,13 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..architectures.base import held_formats
 from ..architectures.gguf import gguf_config, gguf_json, gguf_source
+from ..architectures.quantisation import read_scheme
 from ..architectures.registry import architecture_of, read_config, read_model_config
 from ..errors import ModelError
 from ..kernels.layout import TileFormat
 from ..model.build import check_files
 from ..model.config import ModelConfig
-from ..model.recipe import DEFAULT, WeightRecipe, bits_per_weight
+from ..model.recipe import DEFAULT, WeightRecipe, bits_per_weight, described
 from ..model.shapes import shape_config
 from ..model.tensors import HEAD, TABLE, Kind, tensors
 from ..text.files import read_json
@@ -24,6 +26,7 @@ from ..weights.checkpoint import Checkpoint
 from ..weights.gguf import GgufFile, GgufModel, Metadata, gguf_in, split_set
 from ..weights.gguf_tensors import GgufTensors
 from ..weights.mapped import MappedSource
+from ..weights.quantised import QuantisedTensors
 from ..weights.random import RandomSource
 from ..weights.slices import SliceCheckpoint, slices_in
 from ..weights.source import WeightSource
@@ -40,6 +43,7 @@ class ModelFiles:
     Attributes:
         folder: where its small files lie. config: its shape. source: the whole model's tensors; None if the folder has
             slices alone, or nothing that was opened. slices: those. gguf: the tensors of a GGUF file, as they lie.
+        quantised: how the files' matrices are, as published, for people; "" where they are plain, or this program's.
     """
 
     folder: Path
@@ -47,6 +51,7 @@ class ModelFiles:
     source: WeightSource | None
     slices: Sequence[SliceCheckpoint] = ()
     gguf: GgufTensors | None = None
+    quantised: str = ""
 
     def formats(self, weights: str | None) -> dict[str, TileFormat]:
         """Return the format of every matrix: what `--weights` says, else what the files hold, else the default.
@@ -74,13 +79,17 @@ class ModelFiles:
         config = json.dumps(gguf_json(self.gguf), indent=2) + "\n"
         return {"config.json": config.encode(), METADATA: self.gguf.model.files[0].without_tensors()}
 
-    def requantised(self, weights: str | None) -> str:
-        """Return what is to be said where `--weights` makes something else of a quantised GGUF file; "" if nothing."""
-        if self.gguf is None or weights is None or self.source is None or not self.source.formats:
+    def told(self, weights: str | None) -> str:
+        """Return what is to be said of a quantised model: how it is kept, or requantised by `--weights`; "" if nothing.
+
+        What a GGUF file holds is no surprise: of one that stays as it is nothing is said.
+        """
+        if not self.quantised or self.source is None or not self.source.formats:
             return ""
         held, wanted = self.formats(None), self.formats(weights)
         if held == wanted:
-            return ""
+            kept = described(self.config, held)
+            return "" if self.gguf is not None else f"{self.folder.name}: {self.quantised}: kept as {kept}"
         bits = [bits_per_weight(self.config, formats) for formats in (held, wanted)]
         return (
             f"--weights {weights}: {self.folder.name} is quantised already and is requantised, from {bits[0]:.2f} to"
@@ -162,7 +171,7 @@ def open_folder(folder: Path, config: ModelConfig | None) -> ModelFiles:
     if (gguf := gguf_in(folder)) is not None:
         tensors_of = GgufTensors(GgufModel(gguf))
         config = config or gguf_config(tensors_of)
-        return ModelFiles(gguf, config, gguf_source(tensors_of, config), gguf=tensors_of)
+        return ModelFiles(gguf, config, gguf_source(tensors_of, config), gguf=tensors_of, quantised="GGUF")
     config = config or read_model_config(read_config(folder), str(folder / "config.json"))
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         slices = slices_in(folder)
@@ -171,9 +180,21 @@ def open_folder(folder: Path, config: ModelConfig | None) -> ModelFiles:
     checkpoint = Checkpoint(folder)
     if checkpoint.is_converted:
         return ModelFiles(folder, config, checkpoint)
-    architecture = architecture_of(read_config(folder))
-    places = architecture.places(config, checkpoint.names())
-    return ModelFiles(folder, config, MappedSource(checkpoint, places, architecture.unused(config)))
+    return _published(folder, config, checkpoint)
+
+
+def _published(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> ModelFiles:
+    """Return a model of safetensors files as published, maybe quantised."""
+    parsed, where = read_config(folder), str(folder / "config.json")
+    architecture, scheme = architecture_of(parsed, where), read_scheme(parsed, where)
+    quantised = None if scheme is None else QuantisedTensors(checkpoint, scheme)
+    if quantised is None or not quantised.is_quantised:
+        places = architecture.places(config, checkpoint.names())
+        return ModelFiles(folder, config, MappedSource(checkpoint, places, architecture.unused(config)))
+    places = architecture.places(config, quantised.names())
+    formats = held_formats(config, places, quantised.format_of)
+    source = MappedSource(quantised, places, architecture.unused(config), formats)
+    return ModelFiles(folder, config, source, quantised=quantised.scheme.about)
 
 
 def random_source(name: str, config: ModelConfig) -> RandomSource:

@@ -12,7 +12,6 @@ from ..kernels.layout import TileFormat
 from .blocks import BlockTensor
 from .checkpoint import name_of
 from .gguf import GgufModel
-from .gguf_types import BlockType
 from .source import Tensor
 
 _NUMPY = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
@@ -37,9 +36,9 @@ class GgufTensors:
         """Return the names of all tensors."""
         return list(self.model.tensors)
 
-    def type_of(self, name: str) -> BlockType:
-        """Return the type of a tensor."""
-        return self.model.tensors[name].type
+    def format_of(self, name: str) -> TileFormat | None:
+        """Return the format that keeps a tensor best; None for plain numbers, or where there is none."""
+        return self.model.tensors[name].type.format if name in self else None
 
     def __getitem__(self, name: str) -> Tensor:
         """Map a tensor.

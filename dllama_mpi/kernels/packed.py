@@ -1,0 +1,210 @@
+"""From the packed codes of quantised safetensors to tiles, code for code, or to float32.
+
+Codes of 4 or 8 bits lie in lines of bytes, in one of the layouts below; a group of columns shares a step and a zero.
+They are read by blocks of 16 rows x 32 columns, as words of a row's neighbouring columns, the first one lowest: eight
+codes of 4 bits, or four of 8.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numba
+import numpy as np
+
+from .compiled import entry, inner
+from .ggml_vectors import put_word, word_at
+from .layout import BLOCK, Q4M, ROWS, UNIT, TileFormat, ceil_div
+from .parallel import run_parallel
+from .simd import address, bits_of
+
+# A line holds words of one row's columns; words of the same columns of all rows; or those of one column, eight rows a
+# word.
+BY_ROW, BY_COLUMNS, INTERLEAVED = 0, 1, 2
+NIBBLE_OF = np.array([0, 4, 1, 5, 2, 6, 3, 7], np.uint32)
+"""Which nibble of an interleaved word has each of its eight rows."""
+_STRIP = 8  # rows of tiles whose codes lie side by side, which are read before the next columns
+
+
+class Layout(NamedTuple):
+    """How codes lie.
+
+    Attributes:
+        kind: see above. bits: 4 or 8. flip: what is xored with a word of 8-bit codes to make them int8.
+    """
+
+    kind: int
+    bits: int
+    flip: int = 0
+
+
+@inner
+def _word_of_row(raw, row, at):
+    """Return four bytes of a line; those beyond its end are 0."""
+    if at + 4 <= raw.shape[1]:
+        return word_at(address(raw) + row * raw.strides[0] + at)
+    word = np.uint32(0)
+    for i in range(max(0, raw.shape[1] - at)):
+        word |= np.uint32(raw[row, at + i]) << np.uint32(8 * i)
+    return word
+
+
+@inner
+def _gather(kind, bits, raw, rows, block, words):
+    """Write the words of a block of 32 columns, words (bits, 16) uint32; rows: int64, up to 16, the others are zero."""
+    if rows.size < ROWS:
+        words[:, :] = 0
+    if kind == BY_ROW:
+        for r in range(rows.size):
+            for k in range(bits):
+                words[k, r] = _word_of_row(raw, rows[r], 4 * (bits * block + k))
+    elif kind == BY_COLUMNS:
+        for k in range(bits):
+            line = bits * block + k
+            for r in range(rows.size):
+                words[k, r] = word_at(address(raw) + line * raw.strides[0] + 4 * rows[r]) if line < raw.shape[0] else 0
+    else:
+        words[:, :] = 0
+        for c in range(min(BLOCK, raw.shape[0] - BLOCK * block)):
+            line = address(raw) + (BLOCK * block + c) * raw.strides[0]
+            shift = np.uint32(4 * (c % 8))
+            for r in range(rows.size):
+                word = word_at(line + 4 * (rows[r] // 8))
+                words[c // 8, r] |= (word >> np.uint32(4 * NIBBLE_OF[rows[r] % 8]) & np.uint32(15)) << shift
+
+
+@inner
+def _spread(halfword):
+    """Return four codes of 4 bits as a byte each."""
+    apart = (halfword | halfword << np.uint32(8)) & np.uint32(0x00FF00FF)
+    return (apart | apart << np.uint32(4)) & np.uint32(0x0F0F0F0F)
+
+
+@inner
+def _put(bits, flip, words, tile):
+    """Write a block's codes into a tile."""
+    target = address(tile) + 2 * ROWS
+    for r in range(ROWS):
+        for j in range(bits):
+            if bits == 8:
+                word = words[j, r] ^ flip
+            else:
+                shift = np.uint32(16 * (j % 2))
+                low, high = words[j // 2, r] >> shift, words[2 + j // 2, r] >> shift
+                word = _spread(low & np.uint32(0xFFFF)) | _spread(high & np.uint32(0xFFFF)) << np.uint32(4)
+            put_word(np.uint32(word), target + 64 * j + 4 * r)
+
+
+@inner
+def _keep_share(layout, raw, index, first, per, heads, tiles, buffer, thread, threads):
+    kind, bits, flip = layout
+    count, words = tiles.shape[0], buffer[thread]
+    begin, end = count * thread // threads, count * (thread + 1) // threads
+    for strip in range(begin, end, _STRIP):
+        for block in range(tiles.shape[1]):
+            group = (first + block) // per
+            for t in range(strip, min(strip + _STRIP, end)):
+                tile, rows = tiles[t, block], index[ROWS * t : ROWS * t + ROWS]
+                _gather(kind, bits, raw, rows, first + block, words)
+                _put(bits, np.uint32(flip), words, tile)
+                for i in range(2 * ROWS):
+                    tile[i] = heads[t, group, i]
+
+
+@entry
+def _keep(layout, raw, index, first, per, heads, tiles, buffer):
+    run_parallel(_keep_share, (layout, raw, index, first, per, heads, tiles, buffer), np.int64(buffer.shape[0]))
+
+
+def keep_codes(
+    layout: Layout, raw: np.ndarray, index: np.ndarray, first: int, per: int, heads: np.ndarray, tiles: np.ndarray
+) -> None:
+    """Write tiles with the codes that are there.
+
+    raw: (lines, bytes) uint8, bytes of a line contiguous. index: (n,) int64, which rows. first: the first block of 32
+    columns. per: blocks that share a step. heads: (rows of tiles, groups, 32) uint8, what a tile begins with; zero for
+    rows of padding. tiles: (ceil(n / 16), blocks, tile_bytes) uint8.
+    """
+    buffer = np.empty((numba.get_num_threads(), layout.bits, ROWS), np.uint32)
+    if tiles.size:
+        _keep(tuple(layout), raw, index, first, per, heads, tiles, buffer)
+
+
+def heads_of(fmt: TileFormat, steps: np.ndarray, zeros: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what tiles begin with, (rows of tiles, groups, 32) uint8, and row scales (rows to 16s,), or (0,).
+
+    steps, zeros: (rows, groups) float32, not negative for q4m; a weight is step * (code - zero).
+    """
+    count, groups = steps.shape
+    whole = ceil_div(count, ROWS)
+
+    def turned(values: np.ndarray) -> np.ndarray:
+        padded = np.zeros((ROWS * whole, groups), values.dtype)
+        padded[:count] = values
+        return np.ascontiguousarray(padded.reshape(whole, ROWS, groups).transpose(0, 2, 1)).view(np.uint8)
+
+    if fmt is not Q4M:
+        with np.errstate(over="ignore"):  # what is beyond float16 is for the caller to find
+            return turned(steps.astype(np.float16)), np.zeros(0, np.float32)
+    minima = steps * (zeros / np.float32(UNIT))
+    scale = np.maximum(steps.max(axis=1, initial=0), minima.max(axis=1, initial=0)) / np.float32(255)
+    scale[scale < np.float32(2.0**-126)] = 0
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)[:, None]
+    parts = [turned(np.minimum(np.rint(each * inverse), 255).astype(np.uint8)) for each in (steps, minima)]
+    row_scales = np.zeros(ROWS * whole, np.float32)
+    row_scales[:count] = scale
+    return np.concatenate(parts, axis=2), row_scales
+
+
+@inner
+def _values_share(layout, raw, index, first, groups, steps, zeros, table, out, buffer, bad, thread, threads):
+    kind, bits, _ = layout
+    words, wrong, exponent = buffer[thread], np.int64(0), np.uint32(0x7F800000)
+    count, width, codes = -(-index.size // ROWS), out.shape[1], 32 // bits
+    begin, end = count * thread // threads, count * (thread + 1) // threads
+    for strip in range(begin, end, _STRIP):
+        for block in range(-(-width // BLOCK)):
+            for t in range(strip, min(strip + _STRIP, end)):
+                rows = index[ROWS * t : ROWS * t + ROWS]
+                _gather(kind, bits, raw, rows, first + block, words)
+                for r in range(rows.size):
+                    row = ROWS * t + r
+                    for c in range(BLOCK * block, min(BLOCK * block + BLOCK, width)):
+                        at = c - BLOCK * block
+                        code = words[at // codes, r] >> np.uint32(bits * (at % codes)) & np.uint32((1 << bits) - 1)
+                        group = groups[c]
+                        value = (table[code] - zeros[row, group]) * steps[row, group]
+                        wrong += np.int64((bits_of(value) & exponent) == exponent)
+                        out[row, c] = value
+    bad[thread] = wrong
+
+
+@entry
+def _values(layout, raw, index, first, groups, steps, zeros, table, out, buffer, bad):
+    run_parallel(
+        _values_share,
+        (layout, raw, index, first, groups, steps, zeros, table, out, buffer, bad),
+        np.int64(bad.size),
+    )
+
+
+def write_values(
+    layout: Layout,
+    raw: np.ndarray,
+    index: np.ndarray,
+    first: int,
+    groups: np.ndarray,
+    heads: tuple[np.ndarray, np.ndarray],
+    table: np.ndarray,
+    out: np.ndarray,
+) -> int:
+    """Write step * (table[code] - zero) as float32; return how many of the values are NaN or infinite.
+
+    raw, index, first: see `keep_codes`. groups: (columns,) int32, each column's. heads: steps and zeros (n, groups)
+    float32. table: float32, what the codes stand for. out: (n, columns) float32, values of a row contiguous.
+    """
+    bad = np.zeros(numba.get_num_threads(), np.int64)
+    buffer = np.empty((bad.size, layout.bits, ROWS), np.uint32)
+    if out.size:
+        _values(tuple(layout), raw, index, first, groups, *heads, table, out, buffer, bad)
+    return int(bad.sum())
