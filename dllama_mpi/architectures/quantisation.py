@@ -119,7 +119,8 @@ def _awq(keys: Keys) -> Scheme:
 def _fp8(keys: Keys) -> Scheme:
     block = keys.get("weight_block_size")
     if block is None:
-        return Scheme("fp8", "FP8, a scale a matrix or row")
+        each = "row" if keys.get("quant_method") == "fbgemm_fp8" else "matrix"
+        return Scheme("fp8", f"FP8, a scale a {each}")
     _check_block(keys, "weight_block_size", block)
     return Scheme("fp8", f"FP8, blocks of {block[0]} x {block[1]}", block=(block[0], block[1]))
 

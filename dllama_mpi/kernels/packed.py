@@ -50,6 +50,64 @@ def _word_of_row(raw, row, at):
 
 
 @inner
+def _are_neighbours(rows, first):
+    """Return whether eight rows are those of a word."""
+    if rows.size < first + 8 or rows[first] % 8 != 0:
+        return False
+    apart = np.int64(0)
+    for i in range(8):
+        apart |= rows[first + i] - rows[first] - i
+    return apart == 0
+
+
+@inner
+def _exchanged(low, high, shift, mask):
+    """Return two words between which parts have been exchanged: what `mask` leaves of the first, and of the second."""
+    return (low & mask) | (high & mask) << shift, (low >> shift & mask) | (high & ~mask)
+
+
+@inner
+def _transpose(line, stride, out):
+    """Write the words of eight rows from those of eight columns: a matrix of 8 x 8 codes is transposed."""
+    a0, a1, a2, a3 = word_at(line), word_at(line + stride), word_at(line + 2 * stride), word_at(line + 3 * stride)
+    line += 4 * stride
+    a4, a5, a6, a7 = word_at(line), word_at(line + stride), word_at(line + 2 * stride), word_at(line + 3 * stride)
+    shift, mask = np.uint32(16), np.uint32(0x0000FFFF)
+    a0, a4 = _exchanged(a0, a4, shift, mask)
+    a1, a5 = _exchanged(a1, a5, shift, mask)
+    a2, a6 = _exchanged(a2, a6, shift, mask)
+    a3, a7 = _exchanged(a3, a7, shift, mask)
+    shift, mask = np.uint32(8), np.uint32(0x00FF00FF)
+    a0, a2 = _exchanged(a0, a2, shift, mask)
+    a1, a3 = _exchanged(a1, a3, shift, mask)
+    a4, a6 = _exchanged(a4, a6, shift, mask)
+    a5, a7 = _exchanged(a5, a7, shift, mask)
+    shift, mask = np.uint32(4), np.uint32(0x0F0F0F0F)
+    a0, a1 = _exchanged(a0, a1, shift, mask)
+    a2, a3 = _exchanged(a2, a3, shift, mask)
+    a4, a5 = _exchanged(a4, a5, shift, mask)
+    a6, a7 = _exchanged(a6, a7, shift, mask)
+    out[0], out[2], out[4], out[6], out[1], out[3], out[5], out[7] = a0, a1, a2, a3, a4, a5, a6, a7
+
+
+@inner
+def _gather_interleaved(raw, rows, block, words):
+    words[:, :] = 0
+    stride, columns = raw.strides[0], min(BLOCK, raw.shape[0] - BLOCK * block)
+    line = address(raw) + BLOCK * block * stride
+    for first in range(0, ROWS, 8):
+        if columns == BLOCK and _are_neighbours(rows, first):
+            for k in range(4):
+                _transpose(line + 8 * k * stride + 4 * (rows[first] // 8), stride, words[k, first : first + 8])
+            continue
+        for r in range(first, min(first + 8, rows.size)):
+            place, shift = line + 4 * (rows[r] // 8), np.uint32(4 * NIBBLE_OF[rows[r] % 8])
+            for c in range(columns):
+                code = word_at(place + c * stride) >> shift & np.uint32(15)
+                words[c // 8, r] |= code << np.uint32(4 * (c % 8))
+
+
+@inner
 def _gather(kind, bits, raw, rows, block, words):
     """Write the words of a block of 32 columns, words (bits, 16) uint32; rows: int64, up to 16, the others are zero."""
     if rows.size < ROWS:
@@ -64,13 +122,7 @@ def _gather(kind, bits, raw, rows, block, words):
             for r in range(rows.size):
                 words[k, r] = word_at(address(raw) + line * raw.strides[0] + 4 * rows[r]) if line < raw.shape[0] else 0
     else:
-        words[:, :] = 0
-        for c in range(min(BLOCK, raw.shape[0] - BLOCK * block)):
-            line = address(raw) + (BLOCK * block + c) * raw.strides[0]
-            shift = np.uint32(4 * (c % 8))
-            for r in range(rows.size):
-                word = word_at(line + 4 * (rows[r] // 8))
-                words[c // 8, r] |= (word >> np.uint32(4 * NIBBLE_OF[rows[r] % 8]) & np.uint32(15)) << shift
+        _gather_interleaved(raw, rows, block, words)
 
 
 @inner
