@@ -139,7 +139,7 @@ def awq(version: str = "gemm", group: int = 32) -> Variety:
             }
             return parts, r.values
         multiple = {32: 4, 64: 2}.get(group, 1)
-        width = -(-(-(-r.steps.shape[1] // 8)) // multiple) * multiple
+        width = (r.steps.shape[1] + 8 * multiple - 1) // (8 * multiple) * multiple
         zeros, steps = (np.pad(each, ((0, 0), (0, 8 * width - each.shape[1]))) for each in (r.zeros, r.steps))
         parts = {
             ".qweight": ("I32", words(r.codes, 4)),

@@ -103,8 +103,8 @@ def _gptq(keys: Keys) -> Scheme:
     words = ["GPTQ", f"{bits} bits", _grouped(group), _symmetric(symmetric)]
     if keys.flag("desc_act", False):
         words.append("ordered by activations")
-    differ = isinstance(keys.get("dynamic"), Mapping)
-    return Scheme("gptq", ", ".join(words), group, None if differ else symmetric, old_zeros=kind == "gptq")
+    mixed = isinstance(keys.get("dynamic"), Mapping)
+    return Scheme("gptq", ", ".join(words), group, symmetric, old_zeros=kind == "gptq", mixed=mixed)
 
 
 def _awq(keys: Keys) -> Scheme:
@@ -155,6 +155,7 @@ def _compressed(keys: Keys) -> Scheme:
         found[0][1],
         all(symmetric for _, _, symmetric, _ in found),
         block=next(iter(blocks), None),
+        mixed=len(words) > 1,
     )
 
 

@@ -39,16 +39,17 @@ class Scheme:
 
     Attributes:
         method: gptq, awq, gemv (of AWQ), compressed-tensors or fp8. about: for people. group: columns of a group; -1
-            for all. symmetric: whether zeros are in the middle; None if matrices differ. old_zeros: whether zeros are
-            stored less 1. block: rows and columns that share a scale, if blocks do.
+            for all. symmetric: whether zeros are in the middle. old_zeros: whether zeros are stored less 1. block: rows
+            and columns that share a scale, if blocks do. mixed: whether matrices may differ in all that.
     """
 
     method: str
     about: str
     group: int = -1
-    symmetric: bool | None = True
+    symmetric: bool = True
     old_zeros: bool = False
     block: tuple[int, int] | None = None
+    mixed: bool = False
 
 
 class QuantisedTensors:
@@ -173,7 +174,7 @@ class QuantisedTensors:
         declared = cols if self.scheme.group < 0 else self.scheme.group
         if ceil_div(cols, declared) == groups:
             return declared
-        if groups > cols or cols % groups:
+        if not self.scheme.mixed or groups > cols or cols % groups:
             raise ModelError(
                 f"tensor {name} has scales of {groups} groups, but {cols} columns in groups of {declared} need"
                 f" {ceil_div(cols, declared)}; get the model again, or correct group_size in its quantization_config"
@@ -217,10 +218,10 @@ class QuantisedTensors:
         if method == "gemv" and (len(steps) != rows or steps.shape[1] < groups):
             raise self._misfit(name, f"{base}.scales")
         symmetric = self.scheme.symmetric
-        if symmetric is None and isinstance(zeros, Heads):
+        if self.scheme.mixed and isinstance(zeros, Heads):
             symmetric = bool((zeros.of(np.arange(rows), groups) == 1 << bits - 1).all())
         layout = Layout(kind, bits, _FLIP if bits == 8 else 0)
-        kept = {(4, True): "q40", (4, False): "q4m", (8, True): "q80"}.get((bits, symmetric is not False))
+        kept = {(4, True): "q40", (4, False): "q4m", (8, True): "q80"}.get((bits, symmetric))
         heads = Heads(steps, dtype, groups_first=method != "gemv")
         format = FORMATS[kept] if kept else None
         return Packed(name, (rows, cols), layout, _lines(raw), heads, zeros, UNSIGNED, group, order, format)
@@ -302,19 +303,24 @@ class QuantisedTensors:
             raise ModelError(f"{self.folder}: tensor {name} is missing beside the codes of its matrix; get it again")
         data, dtype = self._steps(name, len(self._checkpoint.entry(name)[1]))
         *experts, rows, cols = shape
-        block = self.scheme.block or (1, cols)
         count = experts[0] if experts else 1
         if data.size in (1, count):
-            return Heads(data.reshape(-1, 1), dtype, rows=rows if data.size == count else 0), cols
+            return Heads(data.reshape(-1, 1), dtype, rows=rows if data.size == count else 0), self._group(name, cols, 1)
         if data.shape in ((rows,), (*experts, rows)):
-            return Heads(data.reshape(-1, 1), dtype), cols
+            return Heads(data.reshape(-1, 1), dtype), self._group(name, cols, 1)
         if data.ndim != len(shape) or data.shape[:-2] != tuple(experts):
             raise self._misfit(name, f"codes of {list(shape)}")
         down, across = data.shape[-2:]
-        each = {ceil_div(rows, block[0]): block[0], 1: rows, rows: 1}.get(down, 0)
+        block = self.scheme.block
+        each = 1 if down == rows else 0
+        if block is not None and down == ceil_div(rows, block[0]):
+            each = block[0]
         if not each or (experts and rows % each):
             raise self._misfit(name, f"codes of {list(shape)}")
-        group = block[1] if across == ceil_div(cols, block[1]) else self._group(name, cols, across)
+        if block is not None and across == ceil_div(cols, block[1]):
+            group = block[1]
+        else:
+            group = self._group(name, cols, across)
         return Heads(data.reshape(-1, across), dtype, rows=each), group
 
     def _misfit(self, name: str, other: str) -> ModelError:
