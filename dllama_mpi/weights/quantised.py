@@ -314,7 +314,7 @@ class QuantisedTensors:
         block = self.scheme.block
         each = 1 if down == rows else 0
         if block is not None and down == ceil_div(rows, block[0]):
-            each = block[0]
+            each = min(block[0], rows)
         if not each or (experts and rows % each):
             raise self._misfit(name, f"codes of {list(shape)}")
         if block is not None and across == ceil_div(cols, block[1]):
