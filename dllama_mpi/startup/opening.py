@@ -192,6 +192,9 @@ def _published(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> Mod
         places = architecture.places(config, checkpoint.names())
         return ModelFiles(folder, config, MappedSource(checkpoint, places, architecture.unused(config)))
     places = architecture.places(config, quantised.names())
+    for name in places[TABLE].names:
+        if quantised.format_of(name) is not None:
+            raise ModelError(f"tensor {name} is quantised, but a table of embeddings must be plain; get another model")
     formats = held_formats(config, places, quantised.format_of)
     source = MappedSource(quantised, places, architecture.unused(config), formats)
     return ModelFiles(folder, config, source, quantised=quantised.scheme.about)

@@ -99,7 +99,8 @@ class Ref:
     def open(self, name: str, source: Tensors) -> Tensor:
         """Return the tensor under the table's name."""
         tensor = source[self.name]
-        if tensor.dtype not in PLAIN_DTYPES and (self.flat or self.single or self.add or self.exponents):
+        changes = self.flat or self.single or self.add or self.exponents or self.transposed
+        if tensor.dtype not in PLAIN_DTYPES and changes:
             raise ModelError(f"tensor {self.name} is {tensor.dtype}; only {', '.join(PLAIN_DTYPES)} can be read here")
         data = tensor.data if self.index is None else tensor.data[self.index]
         if self.transposed:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import ModelError
-from ..kernels.layout import FORMATS, TileFormat, ceil_div
+from ..kernels.layout import BLOCK, FORMATS, TileFormat, ceil_div
 from ..kernels.packed import BY_COLUMNS, BY_ROW, INTERLEAVED, Layout
 from .checkpoint import Checkpoint, name_of
 from .packed import FLOAT8, SIGNED, UNSIGNED, Heads, Packed, PackedTensor
@@ -218,7 +218,7 @@ class QuantisedTensors:
         if method == "gemv" and (len(steps) != rows or steps.shape[1] < groups):
             raise self._misfit(name, f"{base}.scales")
         symmetric = self.scheme.symmetric
-        if self.scheme.mixed and isinstance(zeros, Heads):
+        if self.scheme.mixed and isinstance(zeros, Heads) and group % BLOCK == 0:
             symmetric = bool((zeros.of(np.arange(rows), groups) == 1 << bits - 1).all())
         layout = Layout(kind, bits, _FLIP if bits == 8 else 0)
         kept = {(4, True): "q40", (4, False): "q4m", (8, True): "q80"}.get((bits, symmetric))

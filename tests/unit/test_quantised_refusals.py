@@ -191,3 +191,13 @@ def test_biases_that_are_zero_and_scales_of_activations_are_of_no_use(tmp_path: 
     parts[f"{Q}.bias"][1][3] = 1
     write_raw(folder, parts)
     assert main(["convert", str(folder), str(tmp_path / "again")]) == 2
+
+
+def test_a_quantised_table_of_embeddings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, _ = write_quantised(ALL_CASES["llama31"], VARIETIES["int8"], tmp_path)
+    parts, name = read_raw(folder), "model.embed_tokens.weight"
+    parts[name] = "I8", np.zeros(parts[name][1].shape, np.int8)
+    parts[f"{name}_scale"] = "F32", np.ones((len(parts[name][1]), 1), np.float32)
+    write_raw(folder, parts)
+    assert main(["info", str(folder)]) == 2
+    assert f"tensor {name} is quantised, but a table of embeddings must be plain" in capsys.readouterr().err
