@@ -13,10 +13,11 @@ import numba
 import numpy as np
 
 from .compiled import entry, inner
-from .ggml_vectors import put_word, word_at
+from .ggml import count_bad
+from .ggml_vectors import pack_q80_row, put_word, word_at
 from .layout import BLOCK, Q4M, ROWS, UNIT, TileFormat, ceil_div
 from .parallel import run_parallel
-from .simd import address, bits_of
+from .simd import address
 
 # A line holds words of one row's columns; words of the same columns of all rows; or those of one column, eight rows a
 # word.
@@ -209,54 +210,118 @@ def heads_of(fmt: TileFormat, steps: np.ndarray, zeros: np.ndarray) -> tuple[np.
 
 
 @inner
-def _values_share(layout, raw, index, first, groups, steps, zeros, table, out, buffer, bad, thread, threads):
+def _decode(bits, words, r, groups, zeros, steps, table, values):
+    """Write 32 columns of a row as float32; groups: each column's, or one for all of them."""
+    for k in range(bits):
+        word = words[k, r]
+        if bits == 8:
+            for i in range(4):
+                values[4 * k + i] = table[word >> np.uint32(8 * i) & np.uint32(255)]
+        else:
+            for i in range(8):
+                values[8 * k + i] = table[word >> np.uint32(4 * i) & np.uint32(15)]
+    if groups.size == 1:
+        zero, step = zeros[groups[0]], steps[groups[0]]
+        for c in range(BLOCK):
+            values[c] = (values[c] - zero) * step
+    else:
+        for c in range(BLOCK):
+            values[c] = (values[c] - zeros[groups[c]]) * steps[groups[c]]
+
+
+@inner
+def _groups_of(groups, block):
+    """Return the groups of a block's columns: one, where that is all of them."""
+    found = groups[BLOCK * block : BLOCK * block + BLOCK]
+    for group in found:
+        if group != found[0]:
+            return found
+    return found[:1]
+
+
+@inner
+def _values_share(layout, raw, index, first, groups, width, heads, table, out, tiles, buffers, bad, thread, threads):
     kind, bits, _ = layout
-    words, wrong, exponent = buffer[thread], np.int64(0), np.uint32(0x7F800000)
-    count, width, codes = -(-index.size // ROWS), out.shape[1], 32 // bits
+    steps, zeros = heads
+    words, values, wrong = buffers[0][thread], buffers[1][thread], np.int64(0)
+    count = -(-index.size // ROWS)
     begin, end = count * thread // threads, count * (thread + 1) // threads
     for strip in range(begin, end, _STRIP):
-        for block in range(-(-width // BLOCK)):
+        for block in range(groups.size // BLOCK):
+            theirs, most = _groups_of(groups, block), min(BLOCK, width - BLOCK * block)
             for t in range(strip, min(strip + _STRIP, end)):
                 rows = index[ROWS * t : ROWS * t + ROWS]
                 _gather(kind, bits, raw, rows, first + block, words)
                 for r in range(rows.size):
                     row = ROWS * t + r
-                    for c in range(BLOCK * block, min(BLOCK * block + BLOCK, width)):
-                        at = c - BLOCK * block
-                        code = words[at // codes, r] >> np.uint32(bits * (at % codes)) & np.uint32((1 << bits) - 1)
-                        group = groups[c]
-                        value = (table[code] - zeros[row, group]) * steps[row, group]
-                        wrong += np.int64((bits_of(value) & exponent) == exponent)
-                        out[row, c] = value
+                    _decode(bits, words, r, theirs, zeros[row], steps[row], table, values)
+                    if tiles.size > 0:
+                        values[most:] = 0
+                        wrong += count_bad(values)
+                        pack_q80_row(address(values), address(tiles[t, block]), np.int64(r))
+                    else:
+                        wrong += count_bad(values[:most])
+                        out[row, BLOCK * block : BLOCK * block + most] = values[:most]
     bad[thread] = wrong
 
 
 @entry
-def _values(layout, raw, index, first, groups, steps, zeros, table, out, buffer, bad):
+def _values(layout, raw, index, first, groups, width, heads, table, out, tiles, buffers, bad):
     run_parallel(
         _values_share,
-        (layout, raw, index, first, groups, steps, zeros, table, out, buffer, bad),
+        (layout, raw, index, first, groups, width, heads, table, out, tiles, buffers, bad),
         np.int64(bad.size),
     )
 
 
-def write_values(
+class Values(NamedTuple):
+    """What codes stand for: step * (table[code] - zero).
+
+    Attributes:
+        groups: (columns,) int32, each column's. steps, zeros: (n, groups) float32, of the rows that are read. table:
+            float32.
+    """
+
+    groups: np.ndarray
+    steps: np.ndarray
+    zeros: np.ndarray
+    table: np.ndarray
+
+
+_NO_ROWS, _NO_TILES = np.zeros((0, 0), np.float32), np.zeros((0, 0, 0), np.uint8)
+
+
+def write_values(layout: Layout, raw: np.ndarray, index: np.ndarray, first: int, given: Values, out: np.ndarray) -> int:
+    """Write rows as float32; return how many of the values are NaN or infinite.
+
+    raw, index, first: see `keep_codes`. out: (n, columns) float32, values of a row contiguous.
+    """
+    return _write(layout, raw, index, first, given, out, _NO_TILES)
+
+
+def pack_q80(layout: Layout, raw: np.ndarray, index: np.ndarray, first: int, given: Values, tiles: np.ndarray) -> int:
+    """Write rows as q80 tiles, by way of float32, to the bits that `pack_tiles` gives; else the same.
+
+    tiles: (ceil(n / 16), columns / 32, 544) uint8.
+    """
+    if len(index) % ROWS and tiles.size:
+        tiles[-1] = 0
+    return _write(layout, raw, index, first, given, _NO_ROWS, tiles)
+
+
+def _write(
     layout: Layout,
     raw: np.ndarray,
     index: np.ndarray,
     first: int,
-    groups: np.ndarray,
-    heads: tuple[np.ndarray, np.ndarray],
-    table: np.ndarray,
+    given: Values,
     out: np.ndarray,
+    tiles: np.ndarray,
 ) -> int:
-    """Write step * (table[code] - zero) as float32; return how many of the values are NaN or infinite.
-
-    raw, index, first: see `keep_codes`. groups: (columns,) int32, each column's. heads: steps and zeros (n, groups)
-    float32. table: float32, what the codes stand for. out: (n, columns) float32, values of a row contiguous.
-    """
     bad = np.zeros(numba.get_num_threads(), np.int64)
-    buffer = np.empty((bad.size, layout.bits, ROWS), np.uint32)
-    if out.size:
-        _values(tuple(layout), raw, index, first, groups, *heads, table, out, buffer, bad)
+    buffers = np.empty((bad.size, layout.bits, ROWS), np.uint32), np.empty((bad.size, BLOCK), np.float32)
+    groups = np.pad(given.groups, (0, -len(given.groups) % BLOCK), mode="edge" if len(given.groups) else "constant")
+    if out.size or tiles.size:
+        width, heads = np.int64(len(given.groups)), (given.steps, given.zeros)
+        _values(tuple(layout), raw, index, first, groups, width, heads, given.table, out, tiles, buffers, bad)
     return int(bad.sum())

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..errors import ModelError
-from ..kernels.layout import BLOCK, FORMATS, Q4M, ROWS, TileFormat, ceil_div
-from ..kernels.packed import NIBBLE_OF, Layout, heads_of, keep_codes, write_values
+from ..kernels.layout import BLOCK, FORMATS, Q4M, Q80, ROWS, TileFormat, ceil_div
+from ..kernels.packed import NIBBLE_OF, Layout, Values, heads_of, keep_codes, pack_q80, write_values
 from .source import Range, Tensor, as_float32
 from .tiles import empty_matrix
 
@@ -141,6 +141,15 @@ class Packed:
             return steps, self.zeros.of(index, self.groups)
         return steps, np.full_like(steps, self.zeros)
 
+    def values(self, index: np.ndarray, cols: Range) -> Values:
+        """Return what the codes of some rows and columns stand for.
+
+        Raises:
+            ModelError: a step is no number.
+        """
+        groups = np.arange(*cols) // self.group if self.order is None else self.order[slice(*cols)]
+        return Values(np.ascontiguousarray(groups, np.int32), *self.heads(index), self.table)
+
     def keeps(self, fmt: TileFormat) -> bool:
         """Return whether a format has the same codes."""
         if self.kept is None or not self.keeps_order:
@@ -174,18 +183,9 @@ class PackedTensor(Tensor):
         """
         packed, index = self.packed, self._rows(expert, rows)
         start = cols[0] // BLOCK * BLOCK
-        groups = np.arange(start, cols[1]) // packed.group if packed.order is None else packed.order[start : cols[1]]
         made = np.empty((len(index), cols[1] - start), np.float32)
-        bad = write_values(
-            packed.layout,
-            packed.raw,
-            index,
-            start // BLOCK,
-            np.ascontiguousarray(groups, np.int32),
-            packed.heads(index),
-            packed.table,
-            made,
-        )
+        given = packed.values(index, (start, cols[1]))
+        bad = write_values(packed.layout, packed.raw, index, start // BLOCK, given, made)
         out[: len(index), : cols[1] - cols[0]] = made[:, cols[0] - start :]
         return bad
 
@@ -203,7 +203,8 @@ class PackedTensor(Tensor):
             ModelError: a scale is no number, or none that the format has.
         """
         inside = all(stop <= size for (_, stop), size in zip(ranges, self.shape, strict=True))
-        if not inside or not self.packed.keeps(fmt):
+        keeps = inside and self.packed.keeps(fmt)
+        if not inside or not (keeps or fmt is Q80):
             return None
         *experts, rows, cols = ranges
         matrix = empty_matrix(fmt, tuple(stop - start for start, stop in ranges))
@@ -211,15 +212,27 @@ class PackedTensor(Tensor):
         for i, expert in enumerate(range(*experts[0]) if experts else (0,)):
             for start in range(*rows, step):
                 index = self._rows(expert, (start, min(start + step, rows[1])))
-                piece = slice((start - rows[0]) // ROWS, (start - rows[0]) // ROWS + ceil_div(len(index), ROWS))
-                heads, row_scales = self._heads(fmt, index)
-                if fmt.has_row_scales:
-                    matrix.row_scales[i, ROWS * piece.start : ROWS * piece.stop] = row_scales
-                per = max(1, self.packed.group // BLOCK)
-                tiles = matrix.tiles[i, piece]
-                keep_codes(self.packed.layout, self.packed.raw, index, cols[0] // BLOCK, per, heads, tiles)
+                first = (start - rows[0]) // ROWS
+                piece = slice(first, first + ceil_div(len(index), ROWS))
+                if keeps:
+                    own = matrix.row_scales[i, ROWS * piece.start : ROWS * piece.stop]
+                    self._keep(fmt, index, cols, matrix.tiles[i, piece], own)
+                else:
+                    self._pack(index, cols, matrix.tiles[i, piece])
         self.release()
         return matrix.tiles, matrix.row_scales
+
+    def _keep(self, fmt: TileFormat, index: np.ndarray, cols: Range, tiles: np.ndarray, row_scales: np.ndarray) -> None:
+        packed = self.packed
+        heads, found = self._heads(fmt, index)
+        row_scales[...] = found
+        keep_codes(packed.layout, packed.raw, index, cols[0] // BLOCK, max(1, packed.group // BLOCK), heads, tiles)
+
+    def _pack(self, index: np.ndarray, cols: Range, tiles: np.ndarray) -> None:
+        packed = self.packed
+        bad = pack_q80(packed.layout, packed.raw, index, cols[0] // BLOCK, packed.values(index, cols), tiles)
+        if bad:
+            raise ModelError(f"tensor {packed.name} has {bad} values that are NaN or infinite; get it again")
 
     def _heads(self, fmt: TileFormat, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         steps, zeros = self.packed.heads(index)

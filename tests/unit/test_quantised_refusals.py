@@ -151,7 +151,7 @@ INF = 0x7C00  # float16's bits
         ("packed-4-zeros", shorter(".weight_zero_point", 1), f"{Q}.weight_zero_point [8, 1] and {Q}.weight_scale"),
         ("int8", shorter(".weight_scale"), f"tensors {Q}.weight_scale [63, 1] and codes of [64, 64] do not fit"),
         ("fp8-block", shorter(".weight_scale_inv"), f"tensors {Q}.weight_scale_inv [1, 2] and codes"),
-        ("fp8-block", with_value(".weight", 127), f"tensor {Q}.weight has 1 values that are NaN or infinite in rows"),
+        ("fp8-block", with_value(".weight", 127), f"tensor {Q}.weight has 1 values that are NaN or infinite; get"),
         ("fp8-tensor", with_value(".weight_scale", np.nan), f"tensor {Q}.weight has 64 scales that are NaN or"),
         ("gptq", shorter(".qweight"), f"tensor {Q}.g_idx has 64 groups from 0 to 1; 56 columns need 56 from 0 to 1"),
         ("awq", shorter(".qweight"), f"tensor {Q}.weight has shape [64, 63], but config.json implies [64, 64]"),
