@@ -114,6 +114,23 @@ def test_parts_are_those_of_the_whole(name: str, variety: str, ranks: int, writt
 
 @pytest.mark.parametrize(
     ("name", "variety"),
+    [ODD, ("llama_heads6", "fp8-block-48"), ("llama31", "gptq-act-order-zeros"), ("qwen3_moe", "gptq-8-zeros")],
+)
+def test_by_value_tiles_are_those_of_the_values(name: str, variety: str, written: Write) -> None:
+    """To the bit, also beyond the columns that there are."""
+    quantised, plain = (open_model(str(folder)) for folder in written(name, variety))
+    for spec in tensors(plain.config):
+        if quantised.formats(None).get(spec.name) is FORMATS["q80"]:
+            ranges = tuple((0, n) for n in spec.shape)
+            made, expected = (
+                load_matrix(files.whole[spec.name], spec.shape, ranges, FORMATS["q80"]).tiles
+                for files in (quantised, plain)
+            )
+            np.testing.assert_array_equal(made, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "variety"),
     all_but(
         [("llama31", "gptq"), ("qwen3_moe", "awq"), ("qwen2", "packed-4-zeros"), ("phi3_longrope", "fp8-block")],
         [(name, variety) for name in ("llama31", "qwen2", "phi3_longrope", "qwen3_moe") for variety in FEW],
