@@ -99,6 +99,7 @@ def text_part(keys: Keys, kinds: Mapping[str, Callable[[Keys], ModelConfig]], de
     """
     keys.ignore("vision_config", "image_token_index", "image_token_id")
     text = keys.section("text_config")
+    text.ignore("quantization_config", "compression_config")  # read where the weights are
     if "tie_word_embeddings" in keys:  # text_config's own comes first, the family's default last
         text.assume(tie_word_embeddings=keys.flag("tie_word_embeddings"))
     text.assume(model_type=default)

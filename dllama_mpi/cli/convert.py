@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         opened = open_model(str(folder))
         config, source, formats = opened.config, opened.whole, opened.formats(args.weights)
         small = opened.small_files(args.tokenizer)
-        if group.is_root and (said := opened.requantised(args.weights)):
+        if group.is_root and (said := opened.told(args.weights)):
             say(said)
         if group.is_root and opened.file is not None and not {"tokenizer.json", METADATA} & small.keys():
             say(f"{opened.folder} has no tokenizer beside it, and {destination} gets none; give one by --tokenizer")

@@ -137,8 +137,8 @@ def _stored(files: ModelFiles) -> str:
     if str(files.folder).startswith("random:"):
         return "nothing: random weights"
     held = files.source.formats
-    if files.file is not None:
-        return files.file.kind
+    if files.quantised:
+        return files.quantised
     if set(files.formats(None)) <= set(held):
         return described(files.config, files.formats(None))
     return ", ".join(["safetensors", *sorted({fmt.name for fmt in held.values()})])

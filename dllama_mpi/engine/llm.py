@@ -75,7 +75,7 @@ class LLM:
         self.folder = find_model(o.model, self.group, o.quiet)
         with self.group.together():
             opened = open_model(str(self.folder)) if self.group.is_root or o.model.startswith(RANDOM) else None
-            if opened is not None and not o.quiet and (said := opened.requantised(o.weights)):
+            if opened is not None and not o.quiet and (said := opened.told(o.weights)):
                 say(said)
             self._tokenizer: Tokenizer | None = None
             if self.group.is_root:

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..architectures.base import held_formats
+from ..architectures.quantisation import read_scheme
 from ..architectures.registry import architecture_of, read_config, read_model_config
 from ..errors import ModelError, UsageError
 from ..kernels.layout import TileFormat
 from ..model.build import check_files
 from ..model.config import ModelConfig
-from ..model.recipe import DEFAULT, WeightRecipe, bits_per_weight
+from ..model.recipe import DEFAULT, WeightRecipe, bits_per_weight, described
 from ..model.shapes import shape_config
 from ..model.tensors import HEAD, TABLE, Kind, tensors
 from ..text.files import read_json
@@ -20,6 +22,7 @@ from ..text.gguf_tokenizer import gguf_templates, gguf_tokenizer, has_vocabulary
 from ..text.tokenizer import Tokenizer, declared_ids
 from ..weights.checkpoint import Checkpoint
 from ..weights.mapped import MappedSource
+from ..weights.quantised import QuantisedTensors
 from ..weights.random import RandomSource
 from ..weights.slices import SliceCheckpoint, slices_in
 from ..weights.source import WeightSource
@@ -37,6 +40,7 @@ class ModelFiles:
     Attributes:
         folder: where its small files lie. config: its shape. source: the whole model's tensors; None if the folder has
             slices alone, or nothing that was opened. slices: those. file: the file that is the whole model, if one is.
+        quantised: how the files' matrices are, as published, for people; "" where they are plain, or this program's.
     """
 
     folder: Path
@@ -44,6 +48,7 @@ class ModelFiles:
     source: WeightSource | None
     slices: Sequence[SliceCheckpoint] = ()
     file: ModelFile | None = None
+    quantised: str = ""
 
     def formats(self, weights: str | None) -> dict[str, TileFormat]:
         """Return the format of every matrix: what `--weights` says, else what the files hold, else the default.
@@ -80,13 +85,17 @@ class ModelFiles:
             return self.file.small_files(None)
         return self.file.small_files(read_tokenizer(Path(tokenizer), self.folder, self.config.vocab_size))
 
-    def requantised(self, weights: str | None) -> str:
-        """Return what is to be said where `--weights` makes something else of a quantised file; "" if nothing."""
-        if self.file is None or weights is None or self.source is None or not self.source.formats:
+    def told(self, weights: str | None) -> str:
+        """Return what is to be said of a quantised model: how it is kept, or requantised by `--weights`; "" if nothing.
+
+        What a model's single file holds is no surprise: of one that stays as it is nothing is said.
+        """
+        if not self.quantised or self.source is None or not self.source.formats:
             return ""
         held, wanted = self.formats(None), self.formats(weights)
         if held == wanted:
-            return ""
+            kept = described(self.config, held)
+            return "" if self.file is not None else f"{self.folder.name}: {self.quantised}: kept as {kept}"
         bits = [bits_per_weight(self.config, formats) for formats in (held, wanted)]
         return (
             f"--weights {weights}: {self.folder.name} is quantised already and is requantised, from {bits[0]:.2f} to"
@@ -167,7 +176,7 @@ def open_folder(folder: Path, config: ModelConfig | None) -> ModelFiles:
     """
     if (file := file_in(folder)) is not None:
         config = config or file.config()
-        return ModelFiles(file.path, config, file.source(config), file=file)
+        return ModelFiles(file.path, config, file.source(config), file=file, quantised=file.kind)
     config = config or read_model_config(read_config(folder), str(folder / "config.json"))
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         slices = slices_in(folder)
@@ -176,9 +185,24 @@ def open_folder(folder: Path, config: ModelConfig | None) -> ModelFiles:
     checkpoint = Checkpoint(folder)
     if checkpoint.is_converted:
         return ModelFiles(folder, config, checkpoint)
-    architecture = architecture_of(read_config(folder))
-    places = architecture.places(config, checkpoint.names())
-    return ModelFiles(folder, config, MappedSource(checkpoint, places, architecture.unused(config)))
+    return _published(folder, config, checkpoint)
+
+
+def _published(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> ModelFiles:
+    """Return a model of safetensors files as published, maybe quantised."""
+    parsed, where = read_config(folder), str(folder / "config.json")
+    architecture, scheme = architecture_of(parsed, where), read_scheme(parsed, where)
+    quantised = None if scheme is None else QuantisedTensors(checkpoint, scheme)
+    if quantised is None or not quantised.is_quantised:
+        places = architecture.places(config, checkpoint.names())
+        return ModelFiles(folder, config, MappedSource(checkpoint, places, architecture.unused(config)))
+    places = architecture.places(config, quantised.names())
+    for name in places[TABLE].names:
+        if quantised.format_of(name) is not None:
+            raise ModelError(f"tensor {name} is quantised, but a table of embeddings must be plain; get another model")
+    formats = held_formats(config, places, quantised.format_of)
+    source = MappedSource(quantised, places, architecture.unused(config), formats)
+    return ModelFiles(folder, config, source, quantised=quantised.scheme.about)
 
 
 def random_source(name: str, config: ModelConfig) -> RandomSource:

@@ -12,6 +12,7 @@ from ..kernels.matmul import described
 from ..kernels.quantize import NO_SCALES, pack_tiles, unpack_tiles, update_row_scales
 from .source import Range, Tensor, TileTensor
 
+_CODES = ("U8", "U32", "I8", "I32", "I64", "F8_E4M3", "F8_E5M2", "F8_E8M0")  # types of elements that are no weights
 _CHUNK_BYTES = 16 << 20  # float32 rows held while a matrix is quantised
 
 
@@ -76,7 +77,7 @@ def check_shape(tensor: Tensor, shape: tuple[int, ...]) -> None:
     Raises:
         ModelError: naming their type, or both shapes.
     """
-    if tensor.dtype in ("U8", "U32") and not isinstance(tensor, TileTensor):
+    if tensor.dtype in _CODES and not isinstance(tensor, TileTensor):
         raise ModelError(
             f"tensor {tensor.name} is {tensor.dtype}, but nothing says in which format; get the BF16, F16 or F32 model"
         )
