@@ -3,6 +3,7 @@
 python benchmarks/compare_llama_cpp.py --make llama3.2-1b DIR            # writes DIR/model.gguf and DIR/q40
 python benchmarks/compare_llama_cpp.py --make qwen3-30b-a3b:12 DIR       # the first 12 layers: 340 MB each
 python benchmarks/compare_llama_cpp.py DIR [--llama-python PYTHON]       # PYTHON has llama-cpp-python
+python benchmarks/compare_llama_cpp.py FILE.gguf                         # both read this file
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from dllama_mpi.kernels import runtime
 from dllama_mpi.kernels.probe import ReadProbe
 from dllama_mpi.model.shapes import SHAPES
 from dllama_mpi.planning.costs import Work, work_of
-from dllama_mpi.startup.opening import open_model
+from dllama_mpi.startup.opening import ModelFiles, open_model
 from dllama_mpi.startup.shares import shards_of
 
 LEAST_POSITIONS = 64  # for the comparison of logits
@@ -116,16 +117,16 @@ class Programs:
     ours: dict[int, Worker]
 
     @staticmethod
-    def start(folder: Path, python: str, todo: list[Row], threads: int) -> Programs:
-        """Start the workers that the comparisons need, and one of this many threads."""
-        theirs = Worker([python, str(HERE / "llama_cpp_worker.py"), str(folder / "model.gguf")])
+    def start(model: tuple[Path, Path], python: str, todo: list[Row], threads: int) -> Programs:
+        """Start the workers that the comparisons need, and one of this many threads; model: theirs and ours."""
+        theirs = Worker([python, str(HERE / "llama_cpp_worker.py"), str(model[0])])
         ours = {}
         for count in {threads, *(row.threads for row in todo)}:
             own = [row for row in todo if row.threads == count]
             positions = max((row.depth + row.prompt + row.generated + 1 for row in own), default=0)
             slots = sum(max(row.batch for row in own if row.depth == d) for d in {row.depth for row in own})
             sizes = (count, max(LEAST_POSITIONS, positions), slots + 1)
-            ours[count] = Worker([sys.executable, str(HERE / "own_worker.py"), str(folder / "q40"), *map(str, sizes)])
+            ours[count] = Worker([sys.executable, str(HERE / "own_worker.py"), str(model[1]), *map(str, sizes)])
         return Programs(theirs, ours)
 
     def turn(self, row: Row, is_ours: bool, patience: float) -> tuple[float, float]:
@@ -221,9 +222,8 @@ def compare(programs: Programs, todo: list[Row], turns: int, patience: float) ->
     return report
 
 
-def work_of_model(folder: str) -> Work:
+def work_of_model(opened: ModelFiles) -> Work:
     """Return what a token asks of a model on one rank."""
-    opened = open_model(folder)
     (whole,) = shards_of(opened.config, [1.0])
     return work_of(opened.config, whole, opened.formats(None), "f16")
 
@@ -231,7 +231,7 @@ def work_of_model(folder: str) -> Work:
 def options() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="what --make wrote")
+    parser.add_argument("model", nargs="?", type=Path, metavar="DIR|FILE.gguf", help="what --make wrote, or a file")
     parser.add_argument(
         "--make",
         nargs=2,
@@ -253,8 +253,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--tests", metavar="TEXT", help="only those whose name holds this")
     parser.add_argument("--json", metavar="FILE", help="also write the figures as JSON")
     args = parser.parse_args()
-    if (args.folder is None) == (args.make is None):
-        parser.error("give DIR, or --make SHAPE DIR")
+    if (args.model is None) == (args.make is None):
+        parser.error("give DIR, FILE.gguf or --make SHAPE DIR")
     return args
 
 
@@ -272,16 +272,20 @@ def main() -> None:
     for limit in limits:
         say_ceilings(limit)
     todo = [row for row in rows(most, args.depth) if args.tests is None or args.tests in row.name]
-    config = json.loads((args.folder / "source" / "config.json").read_text(encoding="utf-8"))
-    programs = Programs.start(args.folder, args.llama_python, todo, most)
-    same = agreement(programs, most, config["vocab_size"])
+    model = (args.model, args.model) if args.model.is_file() else (args.model / "model.gguf", args.model / "q40")
+    try:
+        opened = open_model(str(model[1]))
+    except DllamaError as error:
+        sys.exit(f"error: {error}")
+    programs = Programs.start(model, args.llama_python, todo, most)
+    same = agreement(programs, most, opened.config.vocab_size)
     print(
         f"the same weights: logits correlate to {same['correlation']:.5f}, largest difference"
         f" {same['largest_difference_over_std']:.3f} standard deviations",
         flush=True,
     )
     found = compare(programs, todo, args.turns, args.patience)
-    work = work_of_model(str(args.folder / "q40"))
+    work = work_of_model(opened)
     about = {"ours": programs.ours[most].about, "llama_cpp": programs.theirs.about}
     programs.close()
     cells = []

@@ -97,13 +97,13 @@ def _delta_place(c: DeltaNetConfig, prefix: str, leaf: str, is_next: bool) -> Pl
         return Ref(prefix + leaf)
     if is_next:
         fused = "in_proj_ba" if which in "ba" else "in_proj_qkvz"
-        return Ref(f"{prefix}{fused}.weight", rows=_interleaved(c, which))
+        return Ref(f"{prefix}{fused}.weight", rows=interleaved(c, which))
     if which in spans:
         return Ref(f"{prefix}in_proj_qkv.weight", rows=slice(*spans[which]))
     return Ref(f"{prefix}in_proj_{which}.weight")
 
 
-def _interleaved(c: DeltaNetConfig, which: str) -> Sequence[int]:
+def interleaved(c: DeltaNetConfig, which: str) -> Sequence[int]:
     """Return the rows of a part in Qwen3-Next's projections, which go by key heads: q, k, v, z, or b, a of each."""
     ratio = c.num_value_heads // c.num_key_heads
     sizes = {"q": c.key_dim, "k": c.key_dim, "v": ratio * c.value_dim, "z": ratio * c.value_dim}

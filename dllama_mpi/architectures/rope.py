@@ -16,7 +16,7 @@ from .keys import FULL, LIMITS, SLIDING, Json, Keys, short
 _ROPE_KEYS = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor",
               "beta_fast", "beta_slow", "truncate", "low_freq_factor", "high_freq_factor", "mscale", "mscale_all_dim",
               "short_factor", "long_factor", "partial_rotary_factor", "finetuned", "mrope_section", "mrope_interleaved",
-              "llama_4_scaling_beta", "max_position_embeddings")  # fmt: skip
+              "llama_4_scaling_beta", "max_position_embeddings", "factors")  # fmt: skip
 
 
 def scaling_of(keys: Keys) -> Json:
@@ -75,7 +75,7 @@ def read_rope(
     has_original = "original_max_position_embeddings" in r
     if "factor" not in r and (kind == "longrope" or (kind == "yarn" and has_original)):
         values["factor"] = positions / original
-    elif kind != "default":
+    elif kind not in ("default", "divided"):
         if "factor" not in r:
             raise ModelError(f"{where} {kind!r} has no factor")
         values["factor"] = r.number("factor", above=0.0)
@@ -101,7 +101,7 @@ def _checked(rope: RopeConfig, positions: int, where: str) -> RopeConfig:
         ModelError: they are not.
     """
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore", over="raise"):
             cos, _ = Rope(rope)(np.array([1, positions], np.int32), np.array([2, positions + 1], np.int32))
         good = bool(np.isfinite(cos).all())
     except (ArithmeticError, ValueError):
@@ -164,16 +164,22 @@ def _positive(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value <= sys.float_info.max
 
 
+def _factors(r: Keys, name: str, values: Json) -> tuple[float, ...]:
+    given, half = r.get(name), values["dim"] // 2
+    if not isinstance(given, list) or len(given) != half or not all(_positive(factor) for factor in given):
+        raise ModelError(f"{r.where}: {name} must be a list of {half} numbers above 0, half the rotated dimensions")
+    return tuple(float(f) for f in given)
+
+
+def _divided(r: Keys, values: Json) -> dict[str, Any]:
+    return {"short_factors": _factors(r, "factors", values)}
+
+
 def _longrope(r: Keys, values: Json) -> dict[str, Any]:
-    factors = {}
-    for name in ("short_factor", "long_factor"):
-        given, half = r.get(name), values["dim"] // 2
-        if not isinstance(given, list) or len(given) != half or not all(_positive(factor) for factor in given):
-            raise ModelError(f"{r.where}: {name} must be a list of {half} numbers above 0, half the rotated dimensions")
-        factors[f"{name}s"] = tuple(float(f) for f in given)
+    factors = {f"{name}s": _factors(r, name, values) for name in ("short_factor", "long_factor")}
     factor, original = values["factor"], values["original_positions"]
     attention = sqrt(1 + log(factor) / log(max(original, 2))) if factor > 1 else 1.0
     return {**factors, "attention_factor": r.number("attention_factor", attention)}
 
 
-_SCALINGS = {"yarn": _yarn, "llama3": _llama3, "longrope": _longrope}
+_SCALINGS = {"yarn": _yarn, "llama3": _llama3, "longrope": _longrope, "divided": _divided}

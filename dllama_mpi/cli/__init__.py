@@ -15,10 +15,13 @@ from . import (
     cache,
     chat,
     convert,
+    download,
+    export,
     generate,
     info,
     perplexity,
     plan,
+    remove,
     serve,
 )
 
@@ -27,6 +30,9 @@ COMMANDS: dict[str, Any] = {
     "chat": chat,
     "serve": serve,
     "convert": convert,
+    "export": export,
+    "download": download,
+    "remove": remove,
     "perplexity": perplexity,
     "bench": bench,
     "info": info,

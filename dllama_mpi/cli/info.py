@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from .info_file import file_lines, file_report
 from .options import add_kv_type_option, add_random_option, add_weights_option, model_of, number, table
 
 if TYPE_CHECKING:
@@ -23,7 +24,10 @@ _MOST_RANKS = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    parser.add_argument("--model", metavar="DIR", default="demo", help="model directory (default: the bundled demo)")
+    where = "model directory, .gguf or .m file, or name (default: the bundled demo)"
+    parser.add_argument("file", metavar="FILE", nargs="?", help="the same as --model FILE")
+    parser.add_argument("--model", metavar="MODEL", default="demo", help=where)
+    parser.add_argument("--tokenizer", metavar="PATH", help="the .t file of a .m file (default: the one beside it)")
     add_random_option(parser)
     add_weights_option(parser)
     parser.add_argument("--max-seq-len", type=number(int, 1), metavar="N", help="positions (default: the model's)")
@@ -35,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the description on stdout; under a launcher only rank 0 does."""
+    from ..parallel.group import connect
     from ..parallel.launch import is_root_process, ranks_launched
+    from ..startup.finding import find_alone, find_model, is_named
     from ..startup.opening import open_model
     from ..startup.options import Kept
 
@@ -43,13 +49,21 @@ def run(args: argparse.Namespace) -> int:
         if is_root_process():
             print(_architectures(args.json), flush=True)
         return 0
-    files = open_model(model_of(args))
+    if args.file is not None:
+        args.model = args.file
+    model = model_of(args)
+    is_shared = ranks_launched() > 1 and is_named(model)
+    folder = find_model(model, connect()) if is_shared else find_alone(model)
+    files = open_model(str(folder))
     kept = Kept.of(files.formats(args.weights), args.kv_type)
     sync = _measured(files.config) if ranks_launched() > 1 else []
     if not is_root_process():
         return 0
-    report = {**_about(files, kept, args), "sync": [choice.to_dict() for choice in sync]}
-    print(json.dumps(report) if args.json else "\n".join([_text(report), *_sync_lines(sync)]))
+    own = None if files.file is None else file_report(files.file, args.tokenizer)
+    named = {} if files.file is None else {files.file.kind.lower().replace(" ", "_"): own}
+    report = {**_about(files, kept, args), **named, "sync": [choice.to_dict() for choice in sync]}
+    more = [] if own is None else ["", *file_lines(own)]
+    print(json.dumps(report) if args.json else "\n".join([_text(report), *more, *_sync_lines(sync)]))
     return 0
 
 
@@ -123,6 +137,8 @@ def _stored(files: ModelFiles) -> str:
     if str(files.folder).startswith("random:"):
         return "nothing: random weights"
     held = files.source.formats
+    if files.quantised:
+        return files.quantised
     if set(files.formats(None)) <= set(held):
         return described(files.config, files.formats(None))
     return ", ".join(["safetensors", *sorted({fmt.name for fmt in held.values()})])

@@ -54,7 +54,7 @@ def add_weights_option(group: argparse._ActionsContainer) -> None:
         "--weights",
         metavar="RECIPE",
         help="format of the weights: q4m, q40, iq4nl, mxfp4, q80, f16 or f32, then rules for some of them, such as"
-        " q40,lm_head=q80 (default: what a converted directory holds, else q4m)",
+        " q40,lm_head=q80 (default: what a quantised or converted model holds, else q4m)",
     )
 
 
@@ -91,13 +91,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        metavar="DIR",
+        metavar="MODEL",
         default="demo",
-        help="model directory as Hugging Face lays it out, or as convert writes it; 'demo' (the default)"
-        " is the small model that comes with the program",
+        help="model directory as Hugging Face lays it out, or as convert writes it; a .gguf file, or a .m file of"
+        " Distributed Llama; ORG/NAME or ORG/NAME:QUANTISATION"
+        " of the hub, or a name that download lists: downloaded once; 'demo' (the default) is the small model that"
+        " comes with the program",
     )
     group.add_argument(
-        "--tokenizer", metavar="PATH", help="a tokenizer.json, or a folder with one (default: the model's)"
+        "--tokenizer",
+        metavar="PATH",
+        help="a tokenizer.json, a .t file of Distributed Llama, or a folder with one"
+        " (default: the model's; of a .m file the one beside it)",
     )
     add_weights_option(group)
     group.add_argument(

@@ -56,6 +56,7 @@ def _measured(args: argparse.Namespace) -> int:
     from ..kernels import runtime
     from ..parallel.group import connect
     from ..parallel.partition import AUTO, parse_split
+    from ..parallel.stream import together_at_rest
     from ..planning.plan import plan
     from ..planning.sample import Job
     from ..planning.survey import survey
@@ -65,7 +66,7 @@ def _measured(args: argparse.Namespace) -> int:
     group = connect()
     args = group.broadcast(args)
     cores = group.allgather((group.host, runtime.usable_cores()))
-    with group.together():
+    with together_at_rest(group):  # a file may have to be downloaded
         question = _question(args) if group.is_root else None
         parse_split(None if args.split == AUTO else args.split, group.size)
         threads = place_threads(group, cores, args.nthreads, args.bind)
@@ -83,10 +84,11 @@ def _measured(args: argparse.Namespace) -> int:
 
 def _question(args: argparse.Namespace) -> Question:
     from ..planning.plan import Question
+    from ..startup.finding import find_alone
     from ..startup.opening import open_shape
     from ..startup.options import Kept
 
-    files = open_shape(model_of(args))
+    files = open_shape(str(find_alone(model_of(args), shape_alone=True)))
     return Question(
         config=files.config,
         kept=Kept.of(files.formats(args.weights), args.kv_type, args.buffer_float_type, args.sync),

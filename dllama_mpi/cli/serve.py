@@ -276,6 +276,7 @@ def _served(args: argparse.Namespace, llm: LLM) -> Served:
     """Return the model as the server's routes see it."""
     from ..server.parsing import style_of
     from ..server.served import Served
+    from ..startup.finding import is_named
     from ..text.chat_template import ChatTemplate
 
     template: ChatTemplate | None = None
@@ -288,6 +289,8 @@ def _served(args: argparse.Namespace, llm: LLM) -> Served:
     source = "\n".join(template.sources.values()) if template is not None else ""
     path = Path(args.model)
     names = ("demo" if args.model == "demo" else path.resolve().name, *args.alias)
+    if is_named(args.model):
+        names = (names[0], args.model, *args.alias)
     return Served(
         names=tuple(dict.fromkeys(names)),
         tokenizer=llm.tokenizer,

@@ -8,7 +8,6 @@ import pickle
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
@@ -24,8 +23,9 @@ from ..model.transformer import Rank, Transformer
 from ..parallel.connection import Phase
 from ..parallel.group import TensorParallelGroup, connect
 from ..parallel.partition import AUTO, parse_split
+from ..startup.finding import find_model
 from ..startup.memory import Room, available_bytes, fitting
-from ..startup.opening import RANDOM, ModelFiles, declared_stop_ids, model_folder, open_model
+from ..startup.opening import RANDOM, ModelFiles, declared_stop_ids, load_tokenizer, open_model
 from ..startup.options import Kept, Options
 from ..startup.placement import Placement, Wanted, manifest_of
 from ..startup.shares import MemoryPlan, shards_of, split_line, steady
@@ -69,12 +69,18 @@ class LLM:
         self.options = self.group.broadcast(self.options)
         o = self.options
         cores = self.group.allgather((self.group.host, runtime.usable_cores()))
-        self.folder = model_folder(o.model)
         with self.group.together():
             o.check()
             self.group.watchdog.timeout = o.timeout
-            opened = open_model(o.model) if self.group.is_root or o.model.startswith(RANDOM) else None
-            self._tokenizer: Tokenizer | None = self._load_tokenizer() if self.group.is_root else None
+        self.folder = find_model(o.model, self.group, o.quiet)
+        with self.group.together():
+            opened = open_model(str(self.folder)) if self.group.is_root or o.model.startswith(RANDOM) else None
+            if opened is not None and not o.quiet and (said := opened.told(o.weights)):
+                say(said)
+            self._tokenizer: Tokenizer | None = None
+            if self.group.is_root:
+                rows = None if opened is None else opened.config.vocab_size
+                self._tokenizer = load_tokenizer(self.folder, o.tokenizer, rows)
         self.config: ModelConfig
         self.config, manifest = self._agree(opened)
         c, self.formats = self.config, manifest.formats
@@ -117,10 +123,8 @@ class LLM:
         self._runner = Runner(self._model, self.group)
         slots = self.memory.slots if c.has_state else 0
         window = c.window if self.window_pages else 0
-        self._limits = Limits(
-            o.max_batch, self.pages, o.prefill_chunk, drafts, slots, c.can_reuse, o.step_limit, o.responsive,
-            window=window, window_pages=self.window_pages,
-        )  # fmt: skip
+        limits = (o.max_batch, self.pages, o.prefill_chunk, drafts, slots, c.can_reuse, o.step_limit, o.responsive)
+        self._limits = Limits(*limits, window=window, window_pages=self.window_pages)
         self.engine = self._new_engine()
         self._in_session = False
         self._active: list[int] = []  # the requests of the call that is being made
@@ -149,12 +153,6 @@ class LLM:
         self.shards = shards_of(self.config, self.shares)
         if group.is_root and not o.quiet:
             say(split_line(group.hosts, speeds, self.shares, bound))
-
-    def _load_tokenizer(self) -> Tokenizer | None:
-        given = self.options.tokenizer
-        if given is None and not any((self.folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-            return None  # token ids alone need none
-        return Tokenizer.load(self.folder, Path(given) if given is not None else None)
 
     def _agree(self, opened: ModelFiles | None) -> tuple[ModelConfig, Manifest]:
         """Return the root's config, and what slices of its model are made of, on every rank. Collective."""

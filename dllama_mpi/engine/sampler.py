@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
+from ..log import warn
 from .candidates import Candidates
 from .request import SamplingParams, TokenLogprobs
 
@@ -35,11 +37,18 @@ POOLED_ROW: tuple[Any, ...] = (0, 0, 0, 0.0, 1.0, 0.0, 0.0, False)
 
 def logprobs_of(candidates: Candidates, token: int, count: int) -> TokenLogprobs:
     """Return the natural log-probabilities of a token, the target or among the candidates, and of the `count` best."""
-    values = candidates.logits - candidates.log_sum_plain
+    with np.errstate(invalid="ignore"):  # infinite ones
+        values = candidates.logits - candidates.log_sum_plain
     own = candidates.target_logit - candidates.log_sum_plain
     if own == -np.inf:
         own = float(values[candidates.ids == token][0])
     return TokenLogprobs(own, tuple(zip(candidates.ids[:count].tolist(), values[:count].tolist(), strict=True)))
+
+
+@functools.cache
+def _warn_of_logits() -> None:
+    """Say once that logits are no distribution, so that the first token is taken."""
+    warn("logits are not finite: the model's weights are damaged, get them again; or a penalty is too near 0")
 
 
 def choose(candidates: Candidates, params: SamplingParams, rng_value: float) -> int | None:
@@ -49,7 +58,10 @@ def choose(candidates: Candidates, params: SamplingParams, rng_value: float) -> 
     that it is the same from few candidates or from the whole vocabulary.
     """
     ids, scaled = candidates.ids, candidates.logits
-    if params.temperature == 0:
+    is_finite = np.isfinite(scaled[0]) and (params.temperature == 0 or np.isfinite(candidates.log_sum))
+    if not is_finite:
+        _warn_of_logits()
+    if params.temperature == 0 or not is_finite:
         return int(ids[0])
     scaled, total = scaled / params.temperature, candidates.log_sum
     complete = candidates.floor == -np.inf  # nothing that could be chosen is missing from the list

@@ -56,7 +56,9 @@ def _row(typingctx, name, packing, x, stride, tiles, count, row_scales):
 
 
 @functools.cache
-def _compiled(name: str, packing: int):
+def packer(name: str, packing: int):
+    """Return the compiled code that packs (1) or unpacks (0) a row of tiles, see `rounding.emit_row`."""
+
     def row(x, stride, tiles, count, row_scales):
         _row(name, packing, x, stride, tiles, count, row_scales)
 
@@ -82,7 +84,7 @@ def _convert(fmt: TileFormat, packing: bool, x: np.ndarray, tiles: np.ndarray, r
     if row_scales.shape != (len(x) if fmt.has_row_scales else 0,):
         raise ValueError(f"{row_scales.size} row scales do not go with {fmt.name} tiles {tiles.shape}")
     if tiles.size:
-        _rows(_compiled(fmt.name, int(packing)).address, x, tiles, row_scales, numba.get_num_threads())
+        _rows(packer(fmt.name, int(packing)).address, x, tiles, row_scales, numba.get_num_threads())
 
 
 def pack_tiles(fmt: TileFormat, x: np.ndarray, tiles: np.ndarray, row_scales: np.ndarray = NO_SCALES) -> None:
@@ -110,7 +112,7 @@ _SMALLEST = np.float32(2.0**-126)  # a normal float32, whose inverse is finite
 
 
 @inner(fastmath={"nnan", "nsz"})
-def _q4m_scale(row):
+def q4m_scale(row):
     """Return a row's D: as small as lets s reach its blocks' ranges with 15 steps, and m what lies below zero."""
     scale = np.float32(0)
     for start in range(0, row.size, BLOCK):
@@ -122,7 +124,8 @@ def _q4m_scale(row):
 
 
 @inner(fastmath={"nnan", "nsz"})
-def _largest_in_size(row):
+def largest_in_size(row):
+    """Return the size of the largest of some float32."""
     largest = np.float32(0)
     for i in range(row.size):
         largest = max(largest, abs(row[i]))
@@ -132,7 +135,7 @@ def _largest_in_size(row):
 @inner
 def _row_scales_share(is_q4m, x, out, thread, threads):
     for r in range(x.shape[0] * thread // threads, x.shape[0] * (thread + 1) // threads):
-        out[r] = max(out[r], _q4m_scale(x[r]) if is_q4m else _largest_in_size(x[r]))
+        out[r] = max(out[r], q4m_scale(x[r]) if is_q4m else largest_in_size(x[r]))
 
 
 @entry

@@ -251,9 +251,11 @@ class Buffers:
 
 def memory_bytes(config: ModelConfig, shard: Shard, kv_type: str) -> tuple[int, int]:
     """Return the bytes that one sequence takes whatever its length, and those of each position of the KV cache."""
+    buffers = _of(config, shard, Sizes(1, 0, 0, kv_type))
 
     def total(slots: int, pages: int) -> int:
-        return _of(config, shard, Sizes(1, slots, pages, kv_type)).memory_bytes()
+        buffers.sizes = Sizes(1, slots, pages, kv_type)
+        return buffers.memory_bytes()
 
     return total(1, 0), total(0, 1) // PAGE
 

@@ -9,7 +9,7 @@ from ..errors import UsageError
 from ..kernels.layout import FORMATS, MXFP4, TileFormat
 from ..parallel.partition import Shard
 from ..weights.checkpoint import name_of
-from ..weights.slices import SlicePart
+from ..weights.slice_tensors import SlicePart
 from ..weights.tiles import matrix_bytes
 from .config import ModelConfig
 from .tensors import Cut, Kind, TensorSpec, part, tensors

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KINDS = ("none", "default", "linear", "dynamic", "yarn", "llama3", "longrope")
+KINDS = ("none", "default", "linear", "dynamic", "yarn", "llama3", "longrope", "divided")
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,8 @@ class RopeConfig:
     """How positions become angles.
 
     Attributes:
-        kind: "none" (positions turn nothing), "default", "linear", "dynamic" (NTK), "yarn" (arXiv:2309.00071), "llama3"
-            or "longrope" (arXiv:2402.13753).
+        kind: "none" (positions turn nothing), "default", "linear", "dynamic" (NTK), "yarn" (arXiv:2309.00071),
+            "llama3", "longrope" (arXiv:2402.13753) or "divided" (frequencies by `short_factors`, at any length).
         dim: dimensions of a head that are rotated, its first ones.
         original_positions: the context the model was trained with, before scaling.
         attention_factor: what cos and sin are multiplied with (yarn, longrope).
@@ -40,11 +40,15 @@ class RopeConfig:
 
 
 class Rope:
-    """Cosines and sines for tokens at given positions."""
+    """Cosines and sines for tokens at given positions.
+
+    Attributes:
+        frequencies: (dim / 2,) float32 angles a position, before scaling by a sequence's length.
+    """
 
     def __init__(self, config: RopeConfig) -> None:
         self.config = config
-        self._frequencies = _inverse_frequencies(config)
+        self.frequencies = _inverse_frequencies(config)
 
     def __call__(self, positions: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (cos, sin), each (tokens, dim / 2) float32.
@@ -54,11 +58,11 @@ class Rope:
         longrope scaling look at it, so that the result does not depend on how a prompt is cut into chunks.
         """
         c = self.config
-        frequencies = self._frequencies[None, :]
+        frequencies = self.frequencies[None, :]
         if c.kind == "dynamic":
             frequencies = np.stack([_dynamic_frequencies(c, max(int(n), c.original_positions)) for n in lengths])
         elif c.kind == "longrope":
-            short, long = (self._frequencies / np.array(f, np.float32) for f in (c.short_factors, c.long_factors))
+            short, long = (self.frequencies / np.array(f, np.float32) for f in (c.short_factors, c.long_factors))
             frequencies = np.where((lengths > c.original_positions)[:, None], long, short)
         angles = positions.astype(np.float32)[:, None] * frequencies
         scale = np.float32(c.attention_factor)
@@ -88,7 +92,7 @@ def _inverse_frequencies(c: RopeConfig) -> np.ndarray:
         return _llama3_frequencies(c, plain)
     if c.kind == "yarn":
         return _yarn_frequencies(c, plain)
-    return plain
+    return plain / np.array(c.short_factors, np.float32) if c.kind == "divided" else plain
 
 
 def _llama3_frequencies(c: RopeConfig, plain: np.ndarray) -> np.ndarray:

@@ -39,11 +39,12 @@ def layer_formats(config: ModelConfig, index: int, formats: Mapping[str, TileFor
 
 def runs(config: ModelConfig, formats: Mapping[str, TileFormat]) -> list[Run]:
     """Return the segments of a model, in order. Layers that differ in windows and ropes alone are equal."""
+    ropes = config.ropes
 
     def kind(index: int) -> tuple[Any, ...]:
         layer = config.layers[index]
         if isinstance(layer.mixer, AttentionConfig):
-            layer = replace(layer, mixer=replace(layer.mixer, window=0, rope=config.ropes[0]))
+            layer = replace(layer, mixer=replace(layer.mixer, window=0, rope=ropes[0]))
         return layer, tuple((name, fmt.name) for name, fmt in layer_formats(config, index, formats).items())
 
     found = []

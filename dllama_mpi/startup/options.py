@@ -23,8 +23,8 @@ class Options:
     """How a model is loaded and run; the root's values count on every rank.
 
     Attributes:
-        model: a model directory, "demo" for the one that comes with the package, or "random:SHAPE" for random
-            weights of a shape in `model.shapes`.
+        model: a model directory, "demo" for the one that comes with the package, "random:SHAPE" for random weights of
+            a shape in `model.shapes`, or a name, see `startup.finding`.
         weights: a recipe, see `model.recipe`; None: what a converted directory holds, else the default.
         buffer_float_type: what activations are sent as between hosts: "f32", "f16" or "q80"; None: q80, which loses
             nothing that can be measured.

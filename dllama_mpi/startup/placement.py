@@ -19,10 +19,11 @@ from ..parallel.partition import Shard
 from ..parallel.stream import together_at_rest
 from ..weights.cache import NoRoom, SliceWriter, WeightCache, remove
 from ..weights.checkpoint import name_of
-from ..weights.slices import DamagedSlice, Manifest, SliceCheckpoint, SliceInMemory
+from ..weights.slice_tensors import DamagedSlice
+from ..weights.slices import Manifest, SliceCheckpoint, SliceInMemory
 from ..weights.source import WeightSource
 from ..weights.transfer import receive_slice, send_slices
-from .opening import ModelFiles, open_folder
+from .opening import ModelFiles, has_weights, open_folder
 
 T = TypeVar("T")
 READ, SLICE, CACHE, RECEIVED = "read", "slice", "cache", "received"
@@ -168,7 +169,7 @@ class Placement:
             else:
                 problem = self._of_others(found.slices)
         except ModelError as error:
-            if any(self._folder.glob("*.safetensors")):
+            if has_weights(self._folder):
                 problem = str(error)
         self._look_in_cache(problem)
 

@@ -1,34 +1,26 @@
 """Turn a conversation into one prompt, by the model's own template or a built-in one.
 
 A template is a Jinja program that comes with the model. It is rendered as transformers does it
-(utils/chat_template_utils.py there): in a sandbox, with the same filters, functions and white-space rules.
+(utils/chat_template_utils.py there): in a sandbox, with the same filters, functions and white-space rules; and in a
+process of its own (template_process.py), with limits of time, memory and output.
 """
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import Any
 
 from dllama_mpi.errors import ModelError, RequestError, UsageError
 
 from .builtin_templates import BUILT_IN
 from .files import read_json, read_text
+from .template_process import PROCESS, EndedError
 from .tokenizer import Tokenizer
 
 CHOICES = "|".join(BUILT_IN)
 Message = Mapping[str, Any]
-LONGEST_PROMPT = 64_000_000  # characters
-LONGEST_SECONDS = 20.0
+ANOTHER = f"choose one by --chat-template {CHOICES}, or give a .jinja file"
 
 
 class ChatTemplate:
@@ -45,25 +37,21 @@ class ChatTemplate:
         sources: the programs by name.
 
     Raises:
-        ModelError: a source is not a Jinja template, or "default" is missing.
+        ModelError: a source is not a Jinja template or takes too long to compile, or "default" is missing.
     """
 
     def __init__(self, sources: Mapping[str, str], special_tokens: Mapping[str, str], origin: str) -> None:
         self.origin, self.sources = origin, dict(sources)
         self.special_tokens = dict(special_tokens)
         if "default" not in sources:
-            raise ModelError(
-                f"{origin} has the chat templates {sorted(sources)}, none named default; "
-                f"choose one by --chat-template {CHOICES}, or give a .jinja file"
-            )
-        environment = _environment()
+            raise ModelError(f"{origin} has the chat templates {sorted(sources)}, none named default; {ANOTHER}")
         try:
-            self._templates = {name: environment.from_string(source) for name, source in sources.items()}
-        except jinja2.TemplateSyntaxError as error:
-            raise ModelError(
-                f"the chat template of {origin} is broken in line {error.lineno}: {error.message}; "
-                f"choose one by --chat-template {CHOICES}, or give a .jinja file"
-            ) from None
+            answer = PROCESS.check(self.sources)
+        except EndedError as error:
+            answer = {"exceeds": str(error)}
+        if answer:
+            what = answer.get("broken") or answer.get("exceeds") or f"cannot be used: {answer.get('failed')}"
+            raise ModelError(f"the chat template of {origin} {what}; {ANOTHER}")
 
     @classmethod
     def load(cls, tokenizer: Tokenizer, choice: str | None = None) -> ChatTemplate:
@@ -81,10 +69,9 @@ class ChatTemplate:
             # A format made for other models may name tokens that this one lacks.
             special_tokens = {"bos_token": "", "eos_token": ""} | tokenizer.special_tokens
             return cls({"default": _chosen(choice)}, special_tokens, choice)
-        for folder in tokenizer.folders:
-            sources = _sources_in(folder)
-            if sources:
-                return cls(sources, tokenizer.special_tokens, str(folder))
+        sources, origin = template_sources(tokenizer)
+        if sources:
+            return cls(sources, tokenizer.special_tokens, origin)
         where = " and ".join(str(folder) for folder in tokenizer.folders) or "the tokenizer"
         raise ModelError(
             f"{where} has no chat template; a base model continues text and does not chat; "
@@ -107,89 +94,44 @@ class ChatTemplate:
             variables: whatever else the template reads, such as `enable_thinking`.
 
         Raises:
-            RequestError: the template refuses the messages or cannot read them.
+            RequestError: the template refuses the messages, cannot read them, or takes too much time or memory.
         """
-        template = self._templates["tool_use" if tools and "tool_use" in self._templates else "default"]
+        name = "tool_use" if tools and "tool_use" in self.sources else "default"
+        values = {
+            **self.special_tokens,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **variables,
+        }
         try:
-            return _within_limits(
-                template,
-                {
-                    **self.special_tokens,
-                    "messages": messages,
-                    "tools": tools,
-                    "documents": None,
-                    "add_generation_prompt": add_generation_prompt,
-                    **variables,
-                },
-            )
-        except RequestError:
-            raise
-        except _RefusedError as error:
-            raise RequestError(f"the model's chat template refuses these messages: {error.message}") from None
-        except Exception as error:  # the template is the model's program; the messages are the user's
-            raise RequestError(
-                f"the chat template of {self.origin} fails on these messages: {type(error).__name__}: {error}; "
-                f'each needs a "role" and a "content" the template can read'
-            ) from error
+            answer = PROCESS.render(self.sources, name, values)
+        except EndedError as error:
+            raise RequestError(f"the chat template of {self.origin} {error} for these messages; send less") from None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise RequestError(f"the messages cannot be given to a chat template: {error}; send JSON") from None
+        match answer:
+            case {"text": str(text)}:
+                return text
+            case {"refused": why}:
+                raise RequestError(f"the model's chat template refuses these messages: {why}")
+            case {"exceeds": what}:
+                raise RequestError(f"the chat template of {self.origin} {what} for these messages; send less")
+        raise RequestError(
+            f"the chat template of {self.origin} fails on these messages: {answer.get('failed')}; "
+            f'each needs a "role" and a "content" the template can read'
+        )
 
 
-def _within_limits(template: jinja2.Template, variables: dict[str, Any]) -> str:
-    """Render piece by piece, and give up on a template that writes too much or takes too long."""
-    pieces, length, end = [], 0, time.monotonic() + LONGEST_SECONDS
-    for piece in template.generate(variables):
-        pieces.append(piece)
-        length += len(piece)
-        if length > LONGEST_PROMPT or time.monotonic() > end:
-            raise RequestError(
-                f"the chat template makes more than {LONGEST_PROMPT} characters of these messages, or takes longer than"
-                f" {LONGEST_SECONDS:g} s; send less"
-            )
-    return "".join(pieces)
-
-
-class _RefusedError(jinja2.TemplateError):
-    """Raised by a template's own `raise_exception`."""
-
-
-class _GenerationTag(Extension):
-    """Accept `{% generation %}...{% endgeneration %}`, which marks answers for training, as if it were not there."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: Parser) -> Node | list[Node]:
-        """Return the marked statements themselves."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    """Build the sandbox; it allows no access to Python's internals and no change to the messages."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Write JSON as models saw it in training: Jinja's own filter escapes <, >, & and ' for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise _RefusedError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
+def template_sources(tokenizer: Tokenizer) -> tuple[dict[str, str], str]:
+    """Return the templates that came with a tokenizer or its model, by name, and where they are from; {} if none."""
+    if tokenizer.templates:
+        return tokenizer.templates, tokenizer.origin
+    for folder in tokenizer.folders:
+        if sources := sources_in(folder):
+            return sources, str(folder)
+    return {}, ""
 
 
 def _chosen(choice: str) -> str:
@@ -202,7 +144,7 @@ def _chosen(choice: str) -> str:
     raise UsageError(f"--chat-template is {choice!r}; it must be {CHOICES} or the path of a .jinja file")
 
 
-def _sources_in(folder: Path) -> dict[str, str]:
+def sources_in(folder: Path) -> dict[str, str]:
     """Return the templates of a model directory by name; {} if it has none.
 
     transformers writes chat_template.jinja today, and before wrote a string or a list of

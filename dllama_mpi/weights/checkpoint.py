@@ -23,12 +23,18 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import ModelError
 from ..kernels.layout import FORMATS, TileFormat
+from .blocks import BlockTensor
+from .gguf_types import BY_NAME
 from .source import Tensor, TileTensor
 
-_DTYPES = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
+_DTYPES = {
+    "F32": np.float32, "F16": np.uint16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8, "I64": np.int64,
+    "I32": np.int32, "I8": np.int8, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8, "F8_E8M0": np.uint8,
+}  # fmt: skip
 TILES_KEY = "dllama_mpi.weights"  # in a file's metadata: the tile format of its matrices
 FORMATS_KEY = "dllama_mpi.formats"  # the same of matrices that have another one, as JSON
 SCALES = ".row_scales"  # ends the name of the tensor beside a matrix of tiles that holds its row scales
+TABLE_KEY = "dllama_mpi.table"  # the type of the embedding table if it is in blocks of GGUF: (rows, bytes) U8
 LAYOUT_KEY, LAYOUT = "dllama_mpi.layout", "1"
 LINEAGE_KEY = "dllama_mpi.lineage"  # what the file was made from, see `Checkpoint.lineage`
 
@@ -103,6 +109,11 @@ class Checkpoint:
         """Return the names of all tensors."""
         return list(self._tensors)
 
+    def entry(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return safetensors' name of a tensor's type, and its shape."""
+        entry = self._tensors[name][1]
+        return entry["dtype"], tuple(entry["shape"])
+
     def unknown(self, names: Iterable[str]) -> list[str]:
         """Return the tensors that none of these names stands for."""
         wanted = set(names)
@@ -117,6 +128,8 @@ class Checkpoint:
         """
         data, dtype = self.raw(name)
         release = functools.partial(self.release, name)
+        if dtype == "U8" and data.ndim == 2 and self.metadata.get(TABLE_KEY) in BY_NAME:
+            return block_table(name, self.metadata[TABLE_KEY], data)
         if name not in self.formats:
             return Tensor(name, dtype, data, release=release)
         held, scales = self.formats[name], None
@@ -183,6 +196,18 @@ class Checkpoint:
             line = self.fingerprint() + (f">{held}" if held else "")
         wanted = name_of(formats)
         return line if held == wanted else f"{line}>{wanted}"
+
+
+def block_table(name: str, kind: str, data: np.ndarray) -> Tensor:
+    """Return a table of embeddings in blocks; data: (rows, bytes) uint8.
+
+    Raises:
+        ModelError: a row is no whole number of blocks.
+    """
+    block = BY_NAME[kind]
+    if data.shape[1] % block.size:
+        raise ModelError(f"tensor {name} has rows of {data.shape[1]} bytes, and {kind} blocks of {block.size}")
+    return BlockTensor(name, kind, data, type=block)
 
 
 def name_of(formats: Mapping[str, TileFormat]) -> str:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import ClusterError, DllamaError, UsageError
@@ -25,7 +25,18 @@ from ..log import progress, progress_bytes
 from ..parallel.group import TensorParallelGroup
 from ..parallel.stream import together_at_rest
 from .checkpoint import LAYOUT, LAYOUT_KEY, LINEAGE_KEY, format_metadata
-from .files import PIECE_BYTES, Entry, File, aligned, lay_out, matrix_entries, read_piece, vector_entry
+from .files import (
+    PIECE_BYTES,
+    Entry,
+    File,
+    aligned,
+    lay_out,
+    matrix_entries,
+    read_piece,
+    table_entry,
+    table_metadata,
+    vector_entry,
+)
 from .partial import Partial, check_destination, sync, told
 from .slices import Parts, SliceReader, origin
 from .source import WeightSource
@@ -41,12 +52,14 @@ class Conversion:
     Attributes:
         source: must hold the whole model. formats: of every matrix. parts: every tensor, whole.
         show_progress: draw a bar on the root's stderr, if that is a terminal.
+        more: small files that the source does not have as files.
     """
 
     source: WeightSource
     formats: Mapping[str, TileFormat]
     parts: Parts
     show_progress: bool
+    more: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def convert(conversion: Conversion, destination: Path, group: TensorParallelGroup) -> int:
@@ -80,7 +93,9 @@ def convert(conversion: Conversion, destination: Path, group: TensorParallelGrou
         _write_all(source, files, partial, group, show_progress)
         with group.together(), told(destination):
             if group.is_root:
-                partial.finish(source.folder, {file.name: file.size for file in files}, _index(files))
+                partial.finish(
+                    source.folder, {file.name: file.size for file in files}, {**_index(files), **conversion.more}
+                )
     except BaseException as error:
         agreed = isinstance(error, DllamaError) and error.agreed  # then no rank writes any more
         if group.is_root or not agreed:
@@ -90,13 +105,18 @@ def convert(conversion: Conversion, destination: Path, group: TensorParallelGrou
 
 
 def convert_slices(
-    source: WeightSource, destination: Path, files: Mapping[str, File], group: TensorParallelGroup, show_progress: bool
+    source: WeightSource,
+    destination: Path,
+    files: Mapping[str, File],
+    group: TensorParallelGroup,
+    show_progress: bool,
+    more: Mapping[str, bytes],
 ) -> None:
     """Write slices of `source` into the model directory `destination`, on the root alone. Collective.
 
     Args:
         destination: must not exist, or be empty; folders above it are made.
-        files: what is to be written, by name; see `slices.Manifest.file`.
+        files: what is to be written, by name; see `slices.Manifest.file`. more: see `Conversion`.
 
     Raises:
         UsageError: the destination is in use, lies in the source, or cannot hold the files.
@@ -111,7 +131,7 @@ def convert_slices(
         partial.create(sum(file.size for file in files.values()))
         try:
             _write_slices(source, files, partial.path, show_progress)
-            partial.finish(source.folder, {name: file.size for name, file in files.items()}, {})
+            partial.finish(source.folder, {name: file.size for name, file in files.items()}, more)
         except BaseException:
             partial.remove(whole=True)
             raise
@@ -190,6 +210,9 @@ def plan(conversion: Conversion) -> list[File]:
         names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
     formats = conversion.formats
     metadata = {**format_metadata(formats), LAYOUT_KEY: LAYOUT, LINEAGE_KEY: conversion.source.lineage(formats)}
+    for name, part in conversion.parts.items():
+        if part.kind == "table":
+            metadata |= table_metadata(conversion.source[origin(conversion.source, name)].dtype)
     return [lay_out(name, aligned(group), metadata) for name, group in zip(names, groups, strict=True)]
 
 
@@ -200,7 +223,7 @@ def _entries(conversion: Conversion) -> Iterator[Entry]:
         tensor = source[origin(source, name)]
         check_shape(tensor, part.shape)
         if part.kind == "table":
-            entries = [Entry(name, name, tensor.dtype, part.shape)]
+            entries = [table_entry(name, tensor.dtype, part.shape)]
         elif part.kind == "matrix":
             entries = [*matrix_entries(name, part.shape, part.ranges, conversion.formats[name])]
         else:

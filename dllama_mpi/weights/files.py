@@ -10,11 +10,13 @@ import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from ..kernels.layout import BLOCK, ROWS, TileFormat, ceil_div
-from .checkpoint import PADDING, SCALES
+from .checkpoint import PADDING, SCALES, TABLE_KEY
+from .gguf_types import BY_NAME
 from .source import Range, Tensor, WeightSource
 from .tiles import load_matrix, load_vector
 
@@ -161,6 +163,20 @@ def matrix_entries(name: str, whole: tuple[int, ...], ranges: Ranges, fmt: TileF
         yield Entry(name + SCALES, name, "F32", (*experts, ROWS * shape[0]), whole, ranges, fmt)
 
 
+def table_entry(name: str, dtype: str, shape: tuple[int, ...]) -> Entry:
+    """Return the whole embedding table as its source has it; dtype: safetensors' name, or that of blocks of GGUF."""
+    block = BY_NAME.get(dtype)
+    if block is not None and not block.is_plain:
+        dtype, shape = "U8", (shape[0], shape[1] // block.columns * block.size)
+    return Entry(name, name, dtype, shape)
+
+
+def table_metadata(dtype: str) -> dict[str, str]:
+    """Return the metadata that say of which type the blocks of a table are; none where it is not in blocks."""
+    block = BY_NAME.get(dtype)
+    return {} if block is None or block.is_plain else {TABLE_KEY: dtype}
+
+
 def vector_entry(name: str, whole: tuple[int, ...], ranges: Ranges, zeros: bool = False) -> Entry:
     """Return a part of a vector, or of all experts' vectors, as float32."""
     return Entry(name, name, "F32", tuple(stop - start for start, stop in ranges), whole, ranges, zeros=zeros)
@@ -191,3 +207,12 @@ def _row_scales(tensor: Tensor, entry: Entry) -> np.ndarray:
     """Return the row scales of a part of a matrix, (rows to 16s,) float32; a few columns tell them."""
     ranges = (*entry.ranges[:-1], (0, min(BLOCK, entry.whole[-1])))
     return load_matrix(tensor, entry.whole, ranges, entry.required_format).row_scales
+
+
+def model_name(folder: Path) -> str:
+    """Return the name of a model directory, for people: ORG/NAME of one in the folders of the hub's tools."""
+    path = folder.resolve()
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return path.name

@@ -15,6 +15,7 @@ from typing import IO
 
 from ..errors import ClusterError, ModelError, UsageError
 
+CONFIG = "config.json"
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -158,7 +159,8 @@ class Partial:
 
         Args:
             source: the model directory they are copied from.
-            sizes: bytes of the files that were written. more: contents of further files.
+            sizes: bytes of the files that were written. more: contents of further files, in place of the source's
+                where both have one.
 
         Raises:
             ClusterError: what the other ranks wrote is not here.
@@ -170,14 +172,14 @@ class Partial:
                 raise ClusterError(f"{path} has {size} of {expected} bytes; let one conversion at a time write there")
         for pattern in COMPANIONS:
             for path in sorted(source.glob(pattern)):
-                if path.is_file():
+                if path.is_file() and path.name not in more:
                     self._add(path.name, path.read_bytes())
-        for name, content in more.items():
-            self._add(name, content)
-        config = source / "config.json"
-        if not config.is_file():
+        config = source / CONFIG
+        if CONFIG not in more and not config.is_file():
             raise ModelError(f"{source}: no config.json; give a model directory as Hugging Face lays it out")
-        self._add("config.json", config.read_bytes())
+        last = {CONFIG: more[CONFIG] if CONFIG in more else config.read_bytes()}
+        for name, content in {**{name: more[name] for name in more if name != CONFIG}, **last}.items():
+            self._add(name, content)
         sync_folder(self.path)
         self.path.rename(self.destination)
         with contextlib.suppress(OSError):  # the model is whole; the marker does no harm

@@ -15,44 +15,44 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..errors import ModelError
-from ..kernels.layout import TileFormat, aligned_empty, ceil_div
-from .checkpoint import LAYOUT, LAYOUT_KEY, LINEAGE_KEY, SCALES, Checkpoint, format_metadata, name_of
-from .files import Entry, File, Ranges, lay_out, matrix_entries, read_piece, vector_entry
+from ..kernels.layout import TileFormat, ceil_div
+from .arena import WEIGHTS
+from .checkpoint import (
+    LAYOUT,
+    LAYOUT_KEY,
+    LINEAGE_KEY,
+    SCALES,
+    Checkpoint,
+    block_table,
+    format_metadata,
+    name_of,
+)
+from .files import (
+    Entry,
+    File,
+    lay_out,
+    matrix_entries,
+    model_name,
+    read_piece,
+    table_entry,
+    table_metadata,
+    vector_entry,
+)
+from .slice_tensors import TABLE_ROWS, CheckedTable, DamagedSlice, SlicePart, SliceTensor
 from .source import Tensor, WeightSource
 
 CHECKSUMS = "checksums"
 KEY, PARTS = "dllama_mpi.slice", "dllama_mpi.parts"
 MODEL, ABOUT = "dllama_mpi.model", "dllama_mpi.about"  # for people
 SLICE_LAYOUT = "2"
-TABLE_ROWS = 16  # rows of the table under one checksum
 STREAM_BYTES = 4 << 20  # what is sent or written at once: bytes, of a matrix as float32
-
-
-class DamagedSlice(ModelError):
-    """A slice file whose bytes are not those that were written."""
-
-
-@dataclass(frozen=True)
-class SlicePart:
-    """What a slice holds of a tensor.
-
-    Attributes:
-        shape: the whole's. ranges: of the part. kind: "matrix", "vector", "zeros" (of a vector) or "table" (whole).
-    """
-
-    shape: tuple[int, ...]
-    ranges: Ranges
-    kind: str
-
-    def __str__(self) -> str:
-        return " x ".join(f"{start}..{stop}" for start, stop in self.ranges)
 
 
 Parts = Mapping[str, SlicePart]
@@ -77,7 +77,7 @@ class Manifest:
         """Return the manifest of slices of a whole model; parts: those of any rank."""
         table = next(name for name, part in parts.items() if part.kind == "table")
         lineage = source.lineage(formats)
-        return cls(source.folder.resolve().name, formats, lineage, source[origin(source, table)].dtype)
+        return cls(model_name(source.folder), formats, lineage, source[origin(source, table)].dtype)
 
     def key(self, parts: Parts) -> str:
         """Return the key of a slice: 16 hexadecimal digits."""
@@ -94,8 +94,8 @@ class Manifest:
         ]
         for name, part in parts.items():
             if part.kind == "table":
-                row = 2 if self.table != "F32" else 4
-                entries.append(Entry(name, name, self.table, part.shape, unit=TABLE_ROWS * row * part.shape[1]))
+                entry = table_entry(name, self.table, part.shape)
+                entries.append(replace(entry, unit=TABLE_ROWS * entry.size // entry.shape[0]))
         entries += [
             vector_entry(name, part.shape, part.ranges, part.kind == "zeros")
             for name, part in parts.items()
@@ -104,6 +104,7 @@ class Manifest:
         count = _slots(entries)[CHECKSUMS].start
         entries.append(Entry(CHECKSUMS, "", "U32", (count,), unit=4 * count))
         metadata = {**format_metadata(self.formats), LAYOUT_KEY: LAYOUT, LINEAGE_KEY: self.lineage}
+        metadata |= table_metadata(self.table)
         metadata |= {
             MODEL: self.model,
             ABOUT: about,
@@ -178,81 +179,6 @@ class SliceReader:
 # ---- reading
 
 
-@dataclass(frozen=True)
-class SliceTensor(Tensor):
-    """A part of a tensor, which is checked when it is taken and serves as that part of the whole alone.
-
-    Attributes:
-        part: what it holds. format, row_scales: of a matrix; see `TileTensor`.
-        checksums: of its bytes and of its row scales'; None: they are in memory of their own, checked already.
-        where: the file, for people.
-    """
-
-    part: SlicePart = field(kw_only=True)
-    format: TileFormat | None = field(default=None, kw_only=True)
-    row_scales: np.ndarray | None = field(default=None, kw_only=True)
-    checksums: tuple[int, ...] | None = field(kw_only=True)
-    where: str = field(kw_only=True)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The whole's shape."""
-        return self.part.shape
-
-    def _check(self, wanted: Ranges, *arrays: np.ndarray) -> None:
-        if wanted != self.part.ranges:
-            needed = SlicePart(self.part.shape, wanted, self.part.kind)
-            raise ModelError(
-                f"{self.where} holds {self.part} of {self.name}, and {needed} is needed;"
-                " give a slice made for this number of ranks and this --split, or the whole model"
-            )
-        for array, checksum in zip(arrays, self.checksums or (), strict=False):
-            if zlib.crc32(array.reshape(-1).view(np.uint8).data) != checksum:
-                raise DamagedSlice(f"{self.where} is damaged in {self.name}")
-
-    def values(self, ranges: Ranges) -> np.ndarray:
-        """Return a vector's values as float32; ranges must be those of the part."""
-        self._check(ranges, self.data)
-        return super().values(tuple((0, stop - start) for start, stop in ranges))
-
-    def make_tiles(self, ranges: Ranges, fmt: TileFormat) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tiles, copied unless they are in memory of their own; ranges must be those of the part."""
-        if self.format is not fmt:
-            raise ModelError(
-                f"{self.where} holds {self.name} in another format than {fmt.name}; leave out --weights, or give the"
-                " whole model"
-            )
-        scales = np.zeros(0, np.float32) if self.row_scales is None else self.row_scales
-        arrays = [self.data, *([] if self.row_scales is None else [self.row_scales])]
-        if self.checksums is not None:
-            copies = [aligned_empty(array.shape, array.dtype.type) for array in arrays]
-            for copy, array in zip(copies, arrays, strict=True):
-                copy[...] = array
-            arrays = copies
-        self._check(ranges, *arrays)
-        return arrays[0], arrays[1] if len(arrays) > 1 else scales
-
-
-@dataclass(frozen=True)
-class CheckedTable(Tensor):
-    """An embedding table in a file, whose rows are checked by sixteens when one is first looked up."""
-
-    checksums: np.ndarray = field(kw_only=True)
-    where: str = field(kw_only=True)
-    seen: set[int] = field(default_factory=set, kw_only=True)
-
-    def values(self, ranges: Ranges) -> np.ndarray:
-        """Return rows as float32, a copy."""
-        start, stop = ranges[0]
-        for unit in range(start // TABLE_ROWS, ceil_div(stop, TABLE_ROWS)):
-            if unit not in self.seen:
-                data = self.data[unit * TABLE_ROWS : (unit + 1) * TABLE_ROWS]
-                if zlib.crc32(data.reshape(-1).view(np.uint8).data) != self.checksums[unit]:
-                    raise DamagedSlice(f"{self.where} is damaged in {self.name}; remove it and start again")
-                self.seen.add(unit)
-        return super().values(ranges)
-
-
 class SliceCheckpoint(Checkpoint):
     """A slice file in place of a model's files: gives the parts it holds, and nothing else.
 
@@ -304,7 +230,8 @@ class SliceCheckpoint(Checkpoint):
         if part.kind == "table":
             slots = self._slots[name]
             sums = self._sums[slots.start : slots.stop]
-            return CheckedTable(name, dtype, data, checksums=sums, where=str(self.path))
+            table = super().__getitem__(name)
+            return CheckedTable(name, table.dtype, data, checksums=sums, where=str(self.path), table=table)
         fmt, scales, names = self.formats.get(name), None, [name]
         if fmt is not None and fmt.has_row_scales:
             scales, names = self.raw(name + SCALES)[0], [name, name + SCALES]
@@ -338,8 +265,8 @@ class SliceInMemory:
         """
         self.folder = Path(manifest.model)
         self.formats: Mapping[str, TileFormat] = manifest.formats
-        self._lineage, self._parts = manifest.lineage, parts
-        self._held = {entry.name: (entry, aligned_empty((entry.size,))) for entry in file.entries}
+        self._lineage, self._parts, self._table = manifest.lineage, parts, manifest.table
+        self._held = {entry.name: (entry, WEIGHTS.empty((entry.size,))) for entry in file.entries}
 
     def write(self, entry: Entry, start: int, data: np.ndarray) -> None:
         """Take bytes (n,) uint8 of an entry, from byte `start` on."""
@@ -366,6 +293,8 @@ class SliceInMemory:
         """Return a tensor."""
         entry, part = self._held[name][0], self._parts.get(name, _NO_PART)
         if not entry.ranges:
+            if part.kind == "table" and table_metadata(self._table):
+                return block_table(name, self._table, self._array(name))
             return Tensor(name, entry.dtype, self._array(name))
         scales = self._array(name + SCALES) if name + SCALES in self._held else None
         return SliceTensor(

@@ -21,14 +21,13 @@ from dllama_mpi.startup.shares import shards_of
 from dllama_mpi.weights import slices as module
 from dllama_mpi.weights.checkpoint import SCALES, Checkpoint
 from dllama_mpi.weights.files import Entry, File
+from dllama_mpi.weights.slice_tensors import DamagedSlice, SlicePart
 from dllama_mpi.weights.slices import (
     CHECKSUMS,
-    DamagedSlice,
     Manifest,
     Parts,
     SliceCheckpoint,
     SliceInMemory,
-    SlicePart,
     SliceReader,
     slices_in,
 )

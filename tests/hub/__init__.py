@@ -1,0 +1,1 @@
+"""Downloading by name, from a hub of the tests' own."""
