@@ -17,6 +17,22 @@ FIRST = ("unit/test_convert.py", "unit/test_model.py", "unit/test_families.py")
 """Tests that compile what others need, and those that take longest."""
 
 
+MANY, EVERY = 12, 3
+"""Of a test with more cases than that, the quick tier tries every third, the slow tier the others."""
+
+
+def thin_out(items: list[pytest.Item]) -> None:
+    """Mark two thirds of long lists of cases as slow."""
+    cases: dict[tuple[str, str], list[pytest.Item]] = {}
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("slow") is None:
+            cases.setdefault((str(item.path), item.originalname), []).append(item)
+    for some in cases.values():
+        for i, item in enumerate(some if len(some) > MANY else ()):
+            if i % EVERY:
+                item.add_marker(pytest.mark.slow)
+
+
 def is_with_mpi(item: pytest.Item) -> bool:
     """Return whether a test starts MPI jobs."""
     return item.path.parent.name != "unit"
@@ -38,8 +54,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.dist, config.option.loadscopereorder = "loadgroup", False
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put tests in order. With workers, a file's tests stay together, and those that share MPI jobs all do."""
+    thin_out(items)
     items.sort(key=place)
     for item in items:
         shares = is_with_mpi(item) and item.path.parent.name != "server"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.mpi.launch import launcher, launcher_options, mpiexec, run
 from tests.unit.test_distributed_llama import write_pair
 
 GENERATE = ["--prompt", "Once upon a", "--steps", "12", "--temperature", "0", "--cache-dir", "none"]
 
 
+@pytest.mark.slow
 def test_two_ranks_generate_and_convert(tmp_path: Path) -> None:
     write_pair(tmp_path)
     model = str(tmp_path / "model.m")

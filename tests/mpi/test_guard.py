@@ -73,6 +73,7 @@ def inner_run(how: str, folder: Path) -> Iterator[tuple[subprocess.Popen[str], s
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "how"),
     all_but(

@@ -159,7 +159,8 @@ def test_on_other_numbers_of_ranks(one: Server) -> None:
     assert len(whole) > 20
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_answers_finish(number: int) -> None:
     with served(2, "--nthreads", "1") as server:
         answers: list[Any] = []

@@ -89,6 +89,7 @@ def server() -> Iterator[Server]:
         yield found
 
 
+@pytest.mark.slow
 def test_a_job_whose_rank_is_killed_comes_back_until_it_has_too_often(server: Server) -> None:
     until_ready(server)
     for victim, number in ((1, 1), (0, 2)):

@@ -20,6 +20,7 @@ from tests import naive_model
 from tests.all_cases import ALL_CASES
 from tests.fake_model import Guesser, alone, ask, engine_of, run, tokens_of
 from tests.one_rank import OneRank
+from tests.tiers import slow
 from tests.tiny_models.case import Case
 from tests.tiny_models.files import write_model
 
@@ -100,7 +101,7 @@ def test_windows_change_no_bit(
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("name", ["mistral", "qwen2_sliding"])
+@pytest.mark.parametrize("name", ["mistral", slow("qwen2_sliding")])
 def test_logits_are_the_twins(name: str, window: int, folders: Callable[[str, int], Path]) -> None:
     folder, text = folders(name, window), text_of(700)
     llm = load(folder)
