@@ -33,6 +33,7 @@ def on_hosts(folders: list[Path], args: list[str], **env: str) -> Done:
     return run(command, env={"HF_HOME": "hf", **env})
 
 
+@pytest.mark.slow
 def test_the_root_downloads_and_the_others_receive(hub: Hub, tmp_path: Path) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
     done = on_hosts(folders, ["--model", "org/demo", *GENERATE], HF_ENDPOINT=hub.url)
