@@ -11,6 +11,7 @@ from .. import __version__
 from ..errors import DllamaError
 from ..parallel.launch import abandon, is_root_process, leave
 from . import (
+    batch,
     bench,
     cache,
     chat,
@@ -28,6 +29,7 @@ COMMANDS: dict[str, Any] = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "batch": batch,
     "convert": convert,
     "download": download,
     "remove": remove,
