@@ -1,4 +1,4 @@
-"""The requests of a batch, a line each: OpenAI's batch format (platform.openai.com/docs/guides/batch), or bodies alone."""
+"""The requests of a batch, a line each: OpenAI's format (platform.openai.com/docs/guides/batch), or bodies alone."""
 
 from __future__ import annotations
 
