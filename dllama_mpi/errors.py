@@ -12,6 +12,13 @@ of the program and shows a traceback.
 """
 
 
+def printable(text: str) -> str:
+    """Return a text in one line, without what would move a terminal's cursor: names in it may be a stranger's."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 class DllamaError(Exception):
     """A user's mistake, told in one line.
 
@@ -20,6 +27,9 @@ class DllamaError(Exception):
     """
 
     agreed = False
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class UsageError(DllamaError):

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
+from tests.gguf_blocks import like
 from tests.naive_model import read_tensors
 from tests.tiny_models.case import Case
 from tests.tiny_models.files import write_model
@@ -255,7 +256,7 @@ def write_gguf(case: Case, folder: Path, kind: Choice = lambda name, values: "F3
         if values.ndim < 2 or values.shape[-1] % columns or which.name == "F32":
             w.add_tensor(name, values)
         else:
-            w.add_tensor(name, gguf.quants.quantize(values, which), raw_dtype=which)
+            w.add_tensor(name, like(values, which.name), raw_dtype=which)
     for write in (w.write_header_to_file, w.write_kv_data_to_file, w.write_tensors_to_file, w.close):
         write()
     return hf, path

@@ -6,13 +6,34 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..kernels.layout import FORMATS, TileFormat
 from ..model.config import LayerConfig, ModelConfig
-from ..model.tensors import tensors
+from ..model.tensors import TABLE, Kind, tensors
 from ..weights.mapped import Place, Ref
 from .keys import Keys
 
 # Of a multimodal checkpoint, the names of tensors that are not the decoder's.
 VISION = (r"(^|\.)(vision_tower|multi_modal_projector)\.",)
+
+
+def held_formats(
+    config: ModelConfig, places: Mapping[str, Place], format_of: Callable[[str], TileFormat | None]
+) -> dict[str, TileFormat]:
+    """Return the format of every matrix of a model whose files hold some of them quantised; else none.
+
+    format_of: that of one of the files' tensors; None for plain numbers, which stay float16, and for those that are not
+    there. Where a matrix is made of several, the one of the most bits counts.
+    """
+    held: dict[str, TileFormat | None] = {}
+    for spec in tensors(config):
+        if spec.kind is Kind.MATRIX:
+            place = places.get(spec.name) or places[TABLE]
+            found = [format_of(name) for name in place.names]
+            known = [fmt for fmt in found if fmt is not None]
+            held[spec.name] = max(known, key=lambda fmt: fmt.bits) if known and len(known) == len(found) else None
+    if not any(held.values()):
+        return {}
+    return {name: fmt or FORMATS["f16"] for name, fmt in held.items()}
 
 
 def same_names(config: ModelConfig, name: str) -> Place:
@@ -78,6 +99,7 @@ def text_part(keys: Keys, kinds: Mapping[str, Callable[[Keys], ModelConfig]], de
     """
     keys.ignore("vision_config", "image_token_index", "image_token_id")
     text = keys.section("text_config")
+    text.ignore("quantization_config", "compression_config")  # read where the weights are
     if "tie_word_embeddings" in keys:  # text_config's own comes first, the family's default last
         text.assume(tie_word_embeddings=keys.flag("tie_word_embeddings"))
     text.assume(model_type=default)

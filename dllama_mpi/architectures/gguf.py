@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ModelError
-from ..kernels.layout import FORMATS, TileFormat
 from ..model.config import ModelConfig
-from ..model.tensors import HEAD, TABLE, Kind, tensors
+from ..model.tensors import HEAD, tensors
 from ..weights.gguf_tensors import GgufTensors
-from ..weights.mapped import MappedSource, Place
+from ..weights.mapped import MappedSource
+from .base import held_formats
 from .gguf_fields import Fields
 from .gguf_places import SKIPPED, places
 from .registry import read_model_config
@@ -351,22 +352,25 @@ def gguf_source(source: GgufTensors, config: ModelConfig) -> MappedSource:
     float16.
     """
     f = Fields(source)
+    _check_sizes(source, config)
     found = places(config, set(source.names()), _family(f).permuted)
     if config.tie_word_embeddings:
         del found[HEAD]
     layers = config.num_layers
     later = [rf"^blk\.{layer}\." for layer in range(layers, int(f.need("block_count")))]
-    return MappedSource(source, found, [*SKIPPED, *later], _held(source, config, found))
+    return MappedSource(source, found, [*SKIPPED, *later], held_formats(config, found, source.format_of))
 
 
-def _held(source: GgufTensors, config: ModelConfig, found: Mapping[str, Place]) -> dict[str, TileFormat]:
-    held: dict[str, TileFormat | None] = {}
+def _check_sizes(source: GgufTensors, config: ModelConfig) -> None:
+    """Check that no tensor is larger than all of the files', before anything is made of its size.
+
+    Raises:
+        ModelError: one is.
+    """
+    most = sum(math.prod(info.shape) for info in source.model.tensors.values())
     for spec in tensors(config):
-        name = spec.name
-        if spec.kind is Kind.MATRIX:
-            place = found.get(name, found[TABLE])
-            names = [each for each in place.names if each in source]
-            held[name] = source.type_of(names[0]).format if names else None
-    if not any(held.values()):
-        return {}
-    return {name: fmt or FORMATS["f16"] for name, fmt in held.items()}
+        if spec.size > most:
+            shape = " x ".join(map(str, spec.shape))
+            raise ModelError(
+                f"{source.folder}: metadata imply {spec.name} of {shape}, and all tensors have {most} values together"
+            )

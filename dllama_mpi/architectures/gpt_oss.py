@@ -5,7 +5,7 @@ After transformers' models/gpt_oss and integrations/mxfp4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..model.config import ExpertsConfig, MLPConfig, ModelConfig
 from ..model.rope import RopeConfig
@@ -32,7 +32,9 @@ def _gpt_oss(keys: Keys) -> ModelConfig:
     made = dense(keys, _windows(keys), ropes=ropes, qkv_bias=bias, o_bias=bias, sinks=True)
     limit, alpha = keys.number("swiglu_limit", 7.0, above=0.0), keys.number("swiglu_alpha", 1.702)
     expert = MLPConfig(keys.count("intermediate_size"), "clamped_swiglu", bias=True, limit=limit, alpha=alpha)
-    published = "mxfp4" if "quantization_config" in keys else ""
+    quantised = keys.get("quantization_config")
+    is_mxfp4 = isinstance(quantised, Mapping) and quantised.get("quant_method") == "mxfp4"
+    published = "mxfp4" if is_mxfp4 else ""
     experts = ExpertsConfig(expert, *counts, router_bias=True, published=published)
     return with_feeds(made, [experts] * made.num_layers)
 

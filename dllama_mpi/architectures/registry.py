@@ -31,6 +31,7 @@ from . import (
 )
 from .base import Architecture
 from .keys import Json, Keys
+from .quantisation import METHODS, kept_beside, method_of, quantisation_of, read_scheme
 
 ARCHITECTURES: dict[str, Architecture] = {
     **llama.FAMILIES,
@@ -75,13 +76,16 @@ def read_model_config(config: Json, where: str = "config.json") -> ModelConfig:
         ModelError: an unknown architecture, a missing key, a value that cannot be, or a key that is not known.
     """
     architecture = architecture_of(config, where)
-    quantised = config.get("quantization_config")
-    if quantised is not None:
-        method = quantised.get("quant_method", "?") if isinstance(quantised, dict) else quantised
-        if method not in architecture.quantised:
-            raise ModelError(f"{where}: weights quantised by {method!r} cannot be read; use the BF16, F16 or F32 model")
+    method = method_of(config)
+    if method and method not in METHODS and method not in architecture.quantised:
+        known = ", ".join(sorted({*METHODS, *architecture.quantised}))
+        raise ModelError(
+            f"{where}: weights quantised by {method[:60]!r} cannot be read, but those by {known}; get such a model, a"
+            " GGUF file, or the BF16, F16 or F32 model"
+        )
+    read_scheme(config, where)
     keys = Keys(config, where)
-    keys.ignore("quantization_config")
+    keys.ignore("quantization_config", "compression_config")
     made = architecture.read(keys)
     keys.finish()
     if len({rope.dim for rope in made.ropes}) > 1:
@@ -107,4 +111,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{path}: cannot be read as JSON: {what}") from None
     if not isinstance(parsed, dict):
         raise ModelError(f"{path}: not a JSON object")
+    if quantisation_of(parsed) is None and (beside := kept_beside(folder)):
+        parsed["quantization_config"] = beside
     return parsed

@@ -101,7 +101,7 @@ def _checked(rope: RopeConfig, positions: int, where: str) -> RopeConfig:
         ModelError: they are not.
     """
     try:
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore", over="raise"):
             cos, _ = Rope(rope)(np.array([1, positions], np.int32), np.array([2, positions + 1], np.int32))
         good = bool(np.isfinite(cos).all())
     except (ArithmeticError, ValueError):

@@ -18,9 +18,12 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    parser.add_argument("source", metavar="SRC", help="model to read: a directory, or its name on the hub")
+    parser.add_argument("source", metavar="SRC", help="model to read: a directory, a .gguf or .m file, or its name")
     parser.add_argument("destination", metavar="DST", help="directory to write; it must not exist yet")
     add_weights_option(parser)
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="of a .gguf or .m file: the tokenizer to write with it (default: its own)"
+    )
     group = parser.add_argument_group(
         "slices", "for a host with little room: what one rank needs, instead of the whole model"
     )
@@ -36,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from ..model.recipe import bits_per_weight, whole_parts
     from ..parallel.group import connect
     from ..startup.finding import find_model
+    from ..startup.model_files import METADATA
     from ..startup.opening import open_model
     from ..weights.convert import Conversion, convert, convert_slices
 
@@ -48,14 +52,17 @@ def run(args: argparse.Namespace) -> int:
     with group.together():
         opened = open_model(str(folder))
         config, source, formats = opened.config, opened.whole, opened.formats(args.weights)
-        if group.is_root and (said := opened.requantised(args.weights)):
+        small = opened.small_files(args.tokenizer)
+        if group.is_root and (said := opened.told(args.weights)):
             say(said)
+        if group.is_root and opened.file is not None and not {"tokenizer.json", METADATA} & small.keys():
+            say(f"{opened.folder} has no tokenizer beside it, and {destination} gets none; give one by --tokenizer")
         if args.only is not None:
             files = _slices(args, opened)
     if args.only is None:
-        size = convert(Conversion(source, formats, whole_parts(config), True, opened.small_files()), destination, group)
+        size = convert(Conversion(source, formats, whole_parts(config), True, small), destination, group)
     else:
-        convert_slices(source, destination, files, group, True, opened.small_files())
+        convert_slices(source, destination, files, group, True, small)
         size = sum(file.size for file in files.values())
     if group.is_root:
         bits, seconds = bits_per_weight(config, formats), time.perf_counter() - started

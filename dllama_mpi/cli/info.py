@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from .info_gguf import gguf_lines, gguf_report
+from .info_file import file_lines, file_report
 from .options import add_kv_type_option, add_random_option, add_weights_option, model_of, number, table
 
 if TYPE_CHECKING:
@@ -24,9 +24,10 @@ _MOST_RANKS = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    where = "model directory, GGUF file or name (default: the bundled demo)"
+    where = "model directory, .gguf or .m file, or name (default: the bundled demo)"
     parser.add_argument("file", metavar="FILE", nargs="?", help="the same as --model FILE")
     parser.add_argument("--model", metavar="MODEL", default="demo", help=where)
+    parser.add_argument("--tokenizer", metavar="PATH", help="the .t file of a .m file (default: the one beside it)")
     add_random_option(parser)
     add_weights_option(parser)
     parser.add_argument("--max-seq-len", type=number(int, 1), metavar="N", help="positions (default: the model's)")
@@ -58,9 +59,10 @@ def run(args: argparse.Namespace) -> int:
     sync = _measured(files.config) if ranks_launched() > 1 else []
     if not is_root_process():
         return 0
-    gguf = {} if files.gguf is None else {"gguf": gguf_report(files.gguf.model)}
-    report = {**_about(files, kept, args), **gguf, "sync": [choice.to_dict() for choice in sync]}
-    more = ["", *gguf_lines(report["gguf"])] if "gguf" in report else []
+    own = None if files.file is None else file_report(files.file, args.tokenizer)
+    named = {} if files.file is None else {files.file.kind.lower().replace(" ", "_"): own}
+    report = {**_about(files, kept, args), **named, "sync": [choice.to_dict() for choice in sync]}
+    more = [] if own is None else ["", *file_lines(own)]
     print(json.dumps(report) if args.json else "\n".join([_text(report), *more, *_sync_lines(sync)]))
     return 0
 
@@ -135,8 +137,8 @@ def _stored(files: ModelFiles) -> str:
     if str(files.folder).startswith("random:"):
         return "nothing: random weights"
     held = files.source.formats
-    if files.gguf is not None:
-        return "GGUF"
+    if files.quantised:
+        return files.quantised
     if set(files.formats(None)) <= set(held):
         return described(files.config, files.formats(None))
     return ", ".join(["safetensors", *sorted({fmt.name for fmt in held.values()})])

@@ -93,12 +93,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="MODEL",
         default="demo",
-        help="model directory as Hugging Face lays it out, or as convert writes it; ORG/NAME or ORG/NAME:QUANTISATION"
+        help="model directory as Hugging Face lays it out, or as convert writes it; a .gguf file, or a .m file of"
+        " Distributed Llama; ORG/NAME or ORG/NAME:QUANTISATION"
         " of the hub, or a name that download lists: downloaded once; 'demo' (the default) is the small model that"
         " comes with the program",
     )
     group.add_argument(
-        "--tokenizer", metavar="PATH", help="a tokenizer.json, or a folder with one (default: the model's)"
+        "--tokenizer",
+        metavar="PATH",
+        help="a tokenizer.json, a .t file of Distributed Llama, or a folder with one"
+        " (default: the model's; of a .m file the one beside it)",
     )
     add_weights_option(group)
     group.add_argument(

@@ -46,7 +46,8 @@ def penalise(logits: np.ndarray, row: np.void, history: np.ndarray, first_id: in
         ids = np.unique(history) - first_id
         ids = ids[(ids >= 0) & (ids < logits.size)]
         seen = logits[ids]
-        logits[ids] = np.where(seen > 0, seen / np.float32(repeat), seen * np.float32(repeat))
+        with np.errstate(all="ignore"):  # a penalty near 0 makes infinite logits
+            logits[ids] = np.where(seen > 0, seen / np.float32(repeat), seen * np.float32(repeat))
     if presence != 0.0 or frequency != 0.0:
         ids, counts = np.unique(history[int(row["prompt"]) :], return_counts=True)
         ids = ids - first_id
@@ -87,7 +88,8 @@ def merge(parts: list[np.ndarray]) -> list[Candidates]:
         ids, logits = ids[ids >= 0], logits[ids >= 0]
         order = np.lexsort((ids, -logits))
         floor = float(row[:, 0].max())
-        log_sum, plain = (float(np.logaddexp.reduce(row[:, i])) for i in (1, 2))
+        with np.errstate(invalid="ignore"):  # of logits that are infinite
+            log_sum, plain = (float(np.logaddexp.reduce(row[:, i])) for i in (1, 2))
         merged.append(Candidates(ids[order], logits[order], floor, log_sum, plain, float(row[:, 3].max())))
     return merged
 

@@ -75,9 +75,12 @@ class LLM:
         self.folder = find_model(o.model, self.group, o.quiet)
         with self.group.together():
             opened = open_model(str(self.folder)) if self.group.is_root or o.model.startswith(RANDOM) else None
-            if opened is not None and not o.quiet and (said := opened.requantised(o.weights)):
+            if opened is not None and not o.quiet and (said := opened.told(o.weights)):
                 say(said)
-            self._tokenizer: Tokenizer | None = load_tokenizer(self.folder, o.tokenizer) if self.group.is_root else None
+            self._tokenizer: Tokenizer | None = None
+            if self.group.is_root:
+                rows = None if opened is None else opened.config.vocab_size
+                self._tokenizer = load_tokenizer(self.folder, o.tokenizer, rows)
         self.config: ModelConfig
         self.config, manifest = self._agree(opened)
         c, self.formats = self.config, manifest.formats

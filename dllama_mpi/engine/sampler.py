@@ -35,7 +35,8 @@ POOLED_ROW: tuple[Any, ...] = (0, 0, 0, 0.0, 1.0, 0.0, 0.0, False)
 
 def logprobs_of(candidates: Candidates, token: int, count: int) -> TokenLogprobs:
     """Return the natural log-probabilities of a token, the target or among the candidates, and of the `count` best."""
-    values = candidates.logits - candidates.log_sum_plain
+    with np.errstate(invalid="ignore"):  # infinite ones
+        values = candidates.logits - candidates.log_sum_plain
     own = candidates.target_logit - candidates.log_sum_plain
     if own == -np.inf:
         own = float(values[candidates.ids == token][0])
@@ -49,7 +50,8 @@ def choose(candidates: Candidates, params: SamplingParams, rng_value: float) -> 
     that it is the same from few candidates or from the whole vocabulary.
     """
     ids, scaled = candidates.ids, candidates.logits
-    if params.temperature == 0:
+    # Logits that are no numbers, of a damaged model or of penalties near 0, are no distribution: the first is taken.
+    if params.temperature == 0 or not (np.isfinite(scaled[0]) and np.isfinite(candidates.log_sum)):
         return int(ids[0])
     scaled, total = scaled / params.temperature, candidates.log_sum
     complete = candidates.floor == -np.inf  # nothing that could be chosen is missing from the list

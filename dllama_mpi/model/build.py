@@ -69,7 +69,8 @@ def check_files(source: WeightSource, config: ModelConfig) -> None:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
         raise ModelError(
             f"{source.folder}: {config.model_type} has no use for tensor{'s' * (len(unknown) > 1)}"
-            f" {', '.join(unknown[:3])}{more}; the result would be wrong without knowing what they are for"
+            f" {', '.join(each[:80] for each in unknown[:3])}{more};"
+            " the result would be wrong without knowing what they are for"
         )
 
 

@@ -40,11 +40,15 @@ class RopeConfig:
 
 
 class Rope:
-    """Cosines and sines for tokens at given positions."""
+    """Cosines and sines for tokens at given positions.
+
+    Attributes:
+        frequencies: (dim / 2,) float32 angles a position, before scaling by a sequence's length.
+    """
 
     def __init__(self, config: RopeConfig) -> None:
         self.config = config
-        self._frequencies = _inverse_frequencies(config)
+        self.frequencies = _inverse_frequencies(config)
 
     def __call__(self, positions: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (cos, sin), each (tokens, dim / 2) float32.
@@ -54,11 +58,11 @@ class Rope:
         longrope scaling look at it, so that the result does not depend on how a prompt is cut into chunks.
         """
         c = self.config
-        frequencies = self._frequencies[None, :]
+        frequencies = self.frequencies[None, :]
         if c.kind == "dynamic":
             frequencies = np.stack([_dynamic_frequencies(c, max(int(n), c.original_positions)) for n in lengths])
         elif c.kind == "longrope":
-            short, long = (self._frequencies / np.array(f, np.float32) for f in (c.short_factors, c.long_factors))
+            short, long = (self.frequencies / np.array(f, np.float32) for f in (c.short_factors, c.long_factors))
             frequencies = np.where((lengths > c.original_positions)[:, None], long, short)
         angles = positions.astype(np.float32)[:, None] * frequencies
         scale = np.float32(c.attention_factor)

@@ -13,12 +13,15 @@ from ..hub.names import Name, parse_name, table_names
 from ..log import say
 from ..parallel.group import TensorParallelGroup
 from ..parallel.stream import together_at_rest
-from .opening import DEMO, RANDOM, model_config, model_folder
+from .opening import DEMO, RANDOM, SUFFIXES, model_config, model_folder
 
 if TYPE_CHECKING:
     from ..hub.remote import Download
 
-_UNDERSTOOD = "give a folder with config.json and *.safetensors, a .gguf file, or a model of the hub as ORG/NAME"
+_UNDERSTOOD = (
+    "give a folder with config.json and *.safetensors, a .gguf file, a .m file of Distributed Llama, or a model of the"
+    " hub as ORG/NAME"
+)
 _NEAR = 0.6  # how alike two names must be for one to be offered for the other
 
 
@@ -158,4 +161,4 @@ def nearest(model: str) -> str | None:
 
 
 def _is_model(path: Path) -> bool:
-    return (path / "config.json").is_file() or path.suffix.lower() in (".gguf", ".m")
+    return (path / "config.json").is_file() or path.suffix.lower() in SUFFIXES[1:]

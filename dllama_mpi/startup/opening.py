@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..architectures.gguf import gguf_config, gguf_json, gguf_source
+from ..architectures.base import held_formats
+from ..architectures.quantisation import read_scheme
 from ..architectures.registry import architecture_of, read_config, read_model_config
-from ..errors import ModelError
+from ..errors import ModelError, UsageError
 from ..kernels.layout import TileFormat
 from ..model.build import check_files
 from ..model.config import ModelConfig
-from ..model.recipe import DEFAULT, WeightRecipe, bits_per_weight
+from ..model.recipe import DEFAULT, WeightRecipe, bits_per_weight, described
 from ..model.shapes import shape_config
 from ..model.tensors import HEAD, TABLE, Kind, tensors
 from ..text.files import read_json
-from ..text.gguf_tokenizer import gguf_templates, gguf_tokenizer
+from ..text.gguf_tokenizer import gguf_templates, gguf_tokenizer, has_vocabulary
 from ..text.tokenizer import Tokenizer, declared_ids
 from ..weights.checkpoint import Checkpoint
-from ..weights.gguf import GgufFile, GgufModel, Metadata, gguf_in, split_set
-from ..weights.gguf_tensors import GgufTensors
 from ..weights.mapped import MappedSource
+from ..weights.quantised import QuantisedTensors
 from ..weights.random import RandomSource
 from ..weights.slices import SliceCheckpoint, slices_in
 from ..weights.source import WeightSource
+from .model_files import ModelFile, file_in, gguf_metadata, gguf_stop_ids, read_tokenizer
 
 RANDOM = "random:"  # begins the name of a model that is a shape, and on no disk
-METADATA = "metadata.gguf"  # in a folder that was converted from a GGUF file: what that said beside its tensors
+SUFFIXES = (".safetensors", ".gguf", ".m")  # of files that hold weights
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 
 
@@ -39,14 +39,16 @@ class ModelFiles:
 
     Attributes:
         folder: where its small files lie. config: its shape. source: the whole model's tensors; None if the folder has
-            slices alone, or nothing that was opened. slices: those. gguf: the tensors of a GGUF file, as they lie.
+            slices alone, or nothing that was opened. slices: those. file: the file that is the whole model, if one is.
+        quantised: how the files' matrices are, as published, for people; "" where they are plain, or this program's.
     """
 
     folder: Path
     config: ModelConfig
     source: WeightSource | None
     slices: Sequence[SliceCheckpoint] = ()
-    gguf: GgufTensors | None = None
+    file: ModelFile | None = None
+    quantised: str = ""
 
     def formats(self, weights: str | None) -> dict[str, TileFormat]:
         """Return the format of every matrix: what `--weights` says, else what the files hold, else the default.
@@ -67,20 +69,33 @@ class ModelFiles:
             raise ModelError(f"{path} holds other weights than {weights}; leave out --weights, or give the whole model")
         return wanted
 
-    def small_files(self) -> dict[str, bytes]:
-        """Return what a converted model needs besides tensors and the folder has no file of: a GGUF file's metadata."""
-        if self.gguf is None:
-            return {}
-        config = json.dumps(gguf_json(self.gguf), indent=2) + "\n"
-        return {"config.json": config.encode(), METADATA: self.gguf.model.files[0].without_tensors()}
+    def small_files(self, tokenizer: str | None = None) -> dict[str, bytes]:
+        """Return what a converted model needs besides tensors and the folder has no file of: all of a file that is one.
 
-    def requantised(self, weights: str | None) -> str:
-        """Return what is to be said where `--weights` makes something else of a quantised GGUF file; "" if nothing."""
-        if self.gguf is None or weights is None or self.source is None or not self.source.formats:
+        tokenizer: the path of one that is to be the converted model's.
+
+        Raises:
+            UsageError: the model is a folder, whose tokenizer is copied. ModelError: the tokenizer cannot be read.
+        """
+        if self.file is None:
+            if tokenizer is not None:
+                raise UsageError(f"--tokenizer {tokenizer}: {self.folder} is a folder, whose own tokenizer is copied")
+            return {}
+        if tokenizer is None:
+            return self.file.small_files(None)
+        return self.file.small_files(read_tokenizer(Path(tokenizer), self.folder, self.config.vocab_size))
+
+    def told(self, weights: str | None) -> str:
+        """Return what is to be said of a quantised model: how it is kept, or requantised by `--weights`; "" if nothing.
+
+        What a model's single file holds is no surprise: of one that stays as it is nothing is said.
+        """
+        if not self.quantised or self.source is None or not self.source.formats:
             return ""
         held, wanted = self.formats(None), self.formats(weights)
         if held == wanted:
-            return ""
+            kept = described(self.config, held)
+            return "" if self.file is not None else f"{self.folder.name}: {self.quantised}: kept as {kept}"
         bits = [bits_per_weight(self.config, formats) for formats in (held, wanted)]
         return (
             f"--weights {weights}: {self.folder.name} is quantised already and is requantised, from {bits[0]:.2f} to"
@@ -113,8 +128,8 @@ def model_config(model: str) -> ModelConfig:
     if model.startswith(RANDOM):
         return read_model_config(shape_config(model.removeprefix(RANDOM)), model)
     folder = model_folder(model)
-    if (gguf := gguf_in(folder)) is not None:
-        return gguf_config(GgufTensors(GgufModel(gguf)))
+    if (file := file_in(folder)) is not None:
+        return file.config()
     return read_model_config(read_config(folder), str(folder / "config.json"))
 
 
@@ -148,21 +163,20 @@ def open_shape(model: str) -> ModelFiles:
 
 def has_weights(folder: Path) -> bool:
     """Return whether a path names a file of weights, or a folder that has some."""
-    return folder.is_file() or any(any(folder.glob(f"*.{kind}")) for kind in ("safetensors", "gguf"))
+    return folder.is_file() or any(any(folder.glob(f"*{suffix}")) for suffix in SUFFIXES)
 
 
 def open_folder(folder: Path, config: ModelConfig | None) -> ModelFiles:
-    """Open a model directory, a whole model's files or slices of one, or a GGUF file.
+    """Open a model directory, a whole model's files or slices of one, or a file that is a model.
 
     config: where another rank has read it already; None: what the files say.
 
     Raises:
         ModelError: there is none, or a file is damaged.
     """
-    if (gguf := gguf_in(folder)) is not None:
-        tensors_of = GgufTensors(GgufModel(gguf))
-        config = config or gguf_config(tensors_of)
-        return ModelFiles(gguf, config, gguf_source(tensors_of, config), gguf=tensors_of)
+    if (file := file_in(folder)) is not None:
+        config = config or file.config()
+        return ModelFiles(file.path, config, file.source(config), file=file, quantised=file.kind)
     config = config or read_model_config(read_config(folder), str(folder / "config.json"))
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
         slices = slices_in(folder)
@@ -171,9 +185,24 @@ def open_folder(folder: Path, config: ModelConfig | None) -> ModelFiles:
     checkpoint = Checkpoint(folder)
     if checkpoint.is_converted:
         return ModelFiles(folder, config, checkpoint)
-    architecture = architecture_of(read_config(folder))
-    places = architecture.places(config, checkpoint.names())
-    return ModelFiles(folder, config, MappedSource(checkpoint, places, architecture.unused(config)))
+    return _published(folder, config, checkpoint)
+
+
+def _published(folder: Path, config: ModelConfig, checkpoint: Checkpoint) -> ModelFiles:
+    """Return a model of safetensors files as published, maybe quantised."""
+    parsed, where = read_config(folder), str(folder / "config.json")
+    architecture, scheme = architecture_of(parsed, where), read_scheme(parsed, where)
+    quantised = None if scheme is None else QuantisedTensors(checkpoint, scheme)
+    if quantised is None or not quantised.is_quantised:
+        places = architecture.places(config, checkpoint.names())
+        return ModelFiles(folder, config, MappedSource(checkpoint, places, architecture.unused(config)))
+    places = architecture.places(config, quantised.names())
+    for name in places[TABLE].names:
+        if quantised.format_of(name) is not None:
+            raise ModelError(f"tensor {name} is quantised, but a table of embeddings must be plain; get another model")
+    formats = held_formats(config, places, quantised.format_of)
+    source = MappedSource(quantised, places, architecture.unused(config), formats)
+    return ModelFiles(folder, config, source, quantised=quantised.scheme.about)
 
 
 def random_source(name: str, config: ModelConfig) -> RandomSource:
@@ -184,19 +213,10 @@ def random_source(name: str, config: ModelConfig) -> RandomSource:
     return RandomSource(name, shapes, next(spec.name for spec in tensors(config) if spec.kind is Kind.TABLE) or TABLE)
 
 
-def gguf_metadata(folder: Path) -> Metadata | None:
-    """Return the metadata of the GGUF file that a model is, or was converted from; None of another model.
-
-    Raises:
-        ModelError: the file cannot be read.
-    """
-    kept = folder / METADATA
-    found = kept if kept.is_file() else gguf_in(folder)
-    return None if found is None else GgufFile(split_set(found)[0]).metadata
-
-
-def load_tokenizer(folder: Path, given: str | None = None) -> Tokenizer | None:
+def load_tokenizer(folder: Path, given: str | None = None, rows: int | None = None) -> Tokenizer | None:
     """Return the tokenizer of a model, or the given one; None where there is none: token ids alone need none.
+
+    rows: of the model's table of embeddings.
 
     Raises:
         ModelError: it cannot be read.
@@ -204,21 +224,23 @@ def load_tokenizer(folder: Path, given: str | None = None) -> Tokenizer | None:
     has_own = any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model"))
     metadata = None if has_own else gguf_metadata(folder)
     if given is None and metadata is not None:
-        return gguf_tokenizer(metadata, str(folder))
-    if given is None and not has_own:
-        return None
-    tokenizer = Tokenizer.load(folder, Path(given) if given is not None else None)
-    if metadata is not None and not tokenizer.templates:
+        return gguf_tokenizer(metadata, str(folder)) if has_vocabulary(metadata) else None
+    if given is not None:
+        tokenizer: Tokenizer | None = read_tokenizer(Path(given), folder, rows)
+    elif has_own:
+        tokenizer = Tokenizer.load(folder)
+    else:
+        file = file_in(folder)
+        tokenizer = None if file is None else file.tokenizer()
+    if tokenizer is not None and metadata is not None and not tokenizer.templates:
         tokenizer.templates = gguf_templates(metadata, str(folder))
     return tokenizer
 
 
 def declared_stop_ids(folder: Path) -> list[int]:
     """Return the stop tokens that generation_config.json and config.json name; for models without a tokenizer."""
-    ids: set[int] = set()
-    if (metadata := gguf_metadata(folder)) is not None:
-        named = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-        ids.update(each for each in named if type(each) is int)
+    metadata = gguf_metadata(folder)
+    ids = set() if metadata is None else set(gguf_stop_ids(metadata))
     for name in ("generation_config.json", "config.json"):
         with contextlib.suppress(ModelError):
             ids.update(declared_ids(read_json(folder / name), "eos_token_id"))

@@ -69,12 +69,9 @@ class ChatTemplate:
             # A format made for other models may name tokens that this one lacks.
             special_tokens = {"bos_token": "", "eos_token": ""} | tokenizer.special_tokens
             return cls({"default": _chosen(choice)}, special_tokens, choice)
-        if tokenizer.templates:
-            return cls(tokenizer.templates, tokenizer.special_tokens, tokenizer.origin)
-        for folder in tokenizer.folders:
-            sources = _sources_in(folder)
-            if sources:
-                return cls(sources, tokenizer.special_tokens, str(folder))
+        sources, origin = template_sources(tokenizer)
+        if sources:
+            return cls(sources, tokenizer.special_tokens, origin)
         where = " and ".join(str(folder) for folder in tokenizer.folders) or "the tokenizer"
         raise ModelError(
             f"{where} has no chat template; a base model continues text and does not chat; "
@@ -127,6 +124,16 @@ class ChatTemplate:
         )
 
 
+def template_sources(tokenizer: Tokenizer) -> tuple[dict[str, str], str]:
+    """Return the templates that came with a tokenizer or its model, by name, and where they are from; {} if none."""
+    if tokenizer.templates:
+        return tokenizer.templates, tokenizer.origin
+    for folder in tokenizer.folders:
+        if sources := sources_in(folder):
+            return sources, str(folder)
+    return {}, ""
+
+
 def _chosen(choice: str) -> str:
     """Return the source of a built-in template or of a file."""
     built_in = BUILT_IN.get(choice.lower())
@@ -137,7 +144,7 @@ def _chosen(choice: str) -> str:
     raise UsageError(f"--chat-template is {choice!r}; it must be {CHOICES} or the path of a .jinja file")
 
 
-def _sources_in(folder: Path) -> dict[str, str]:
+def sources_in(folder: Path) -> dict[str, str]:
     """Return the templates of a model directory by name; {} if it has none.
 
     transformers writes chat_template.jinja today, and before wrote a string or a list of

@@ -102,6 +102,12 @@ class Vocabulary:
             self.texts[token_id] = text
 
 
+def has_vocabulary(metadata: Mapping[str, Any]) -> bool:
+    """Return whether a file has a vocabulary, if a broken one; some say that they have none."""
+    model = metadata.get(MODEL, "none")
+    return TOKENS in metadata or not isinstance(model, str) or model not in ("none", "no_vocab")
+
+
 def gguf_tokenizer(metadata: Mapping[str, Any], origin: str) -> Tokenizer:
     """Rebuild a model's tokenizer.
 

@@ -30,7 +30,7 @@ _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _MARKS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
 _LINES = r"\s*[\r\n]+"
 _SPACES = r"\s+(?!\S)|\s+"
-_GPT2_WORDS = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}"
+GPT2_EXPRESSION = rf"'s|'t|'re|'ve|'m|'ll|'d| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _ASCII_MARKS = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~]"
 _HAN_AND_KANA = "[一-龥぀-ゟ゠-ヿ]+"
@@ -121,11 +121,13 @@ _BAILING = _split(
 _BLOOM = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 # Spaces in pieces of powers of two, the longest first.
 _JAIS2_SPACES = "|".join([*(rf"\s{{{1 << n}}}(?!\S)" for n in range(9, 1, -1)), r"\s{1,2}(?!\S)|\s{1}"])
+# Groups of three digits that are counted from a number's end: of more, each digit would look at all that follow.
+_MOST_GROUPS = 200
 
 # Names of one kind stand together.
 _KINDS: dict[str, PreTokenizer] = {
     # What is assumed of files from before there were names.
-    "default": _split(r"[\p{P}$+<=>^~|]+", _GPT2_WORDS, r"\p{N}+", "[0-9][0-9][0-9]"),
+    "default": _split(r"[\p{P}$+<=>^~|]+", GPT2_EXPRESSION, r"\p{N}+", "[0-9][0-9][0-9]"),
     "llama3 llama-v3 llama-bpe falcon3 pixtral midm-2.0 lfm2": _LLAMA3,
     "dbrx smaug-bpe": _split(_CL100K),
     "chatglm-bpe": _GLM,
@@ -141,7 +143,7 @@ _KINDS: dict[str, PreTokenizer] = {
     "jais-2": _split(rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}|{_MARKS}|{_LINES}|{_JAIS2_SPACES}"),
     "gpt-4o llama4 kanana2 talkie minimax-m2": _split(_O200K),
     "tekken": replace(_split(_cased("", r"\p{N}")), ignore_merges=True, add_bos=True),
-    "tiny_aya cohere2moe": _split(r"\d{1,3}(?=(?:\d{3})*\b)", _O200K),
+    "tiny_aya cohere2moe": _split(rf"\d{{1,3}}(?=(?:\d{{3}}){{0,{_MOST_GROUPS}}}\b)", _O200K),
     "youtu": replace(
         _split(
             f"[가-힣ㄱ-ㆎ]+|[！…“”‘’—：；，、-〿︰-﹏]+|[ㄅ-ㄯ]+|{_HAN_AND_KANA}", _cased(f"{_CONTRACTIONS}?", r"\p{N}")
@@ -162,7 +164,7 @@ _KINDS: dict[str, PreTokenizer] = {
     "falcon": PreTokenizer((PUNCTUATION, GPT2, NUMBERS, "[0-9][0-9][0-9]")),
     "bloom gpt3-finnish poro-chat": _split(_BLOOM),
     "viking": PreTokenizer((_BLOOM, DIGITS, BYTES)),
-    "superbpe": _split(r"\p{N}+", r"(?=(\d{3})+(?!\d))"),
+    "superbpe": _split(r"\p{N}+", rf"(?=(\d{{3}}){{1,{_MOST_GROUPS}}}(?!\d))"),
 }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import html
 import json
 import os
 import pprint
@@ -32,10 +33,20 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 LONGEST_PROMPT = 16_000_000  # characters
+# And of what it is made of: so many for each byte that a template is given, after so many of its own.
+PER_BYTE, OF_ITS_OWN = 8, 300_000
 MOST_MEMORY = 512 << 20  # bytes beyond what the program has when it starts
 LONGEST_ERROR = 500  # characters
 # Modules that jinja2 imports when a template first needs them, when no file can be opened any more.
-PRELOADED = (jinja2.constants, jinja2.debug, pprint, textwrap, codecs.lookup("unicode_escape"), codecs.lookup("ascii"))
+PRELOADED = (
+    jinja2.constants,
+    jinja2.debug,
+    html,
+    pprint,
+    textwrap,
+    codecs.lookup("unicode_escape"),
+    codecs.lookup("ascii"),
+)
 
 
 class _RefusedError(jinja2.TemplateError):
@@ -90,14 +101,16 @@ class Renderer:
         self._environment = environment()
         self._templates: dict[str, jinja2.Template] = {}
 
-    def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Compile or render; errors of the template are part of the answer."""
+    def answer(self, request: Mapping[str, Any], size: int) -> dict[str, Any]:
+        """Compile or render what a request of so many bytes asks for; errors of the template are part of the answer."""
         try:
             if "sources" in request:
                 compiled = {name: self._environment.from_string(text) for name, text in request["sources"].items()}
                 self._templates = compiled
                 return {}
-            return self._render(request["name"], request["variables"])
+            return self._render(
+                request["name"], request["variables"], min(LONGEST_PROMPT, OF_ITS_OWN + PER_BYTE * size)
+            )
         except jinja2.TemplateSyntaxError as error:
             return {"broken": f"is broken in line {error.lineno}: {_short(error.message)}"}
         except _RefusedError as error:
@@ -107,12 +120,12 @@ class Renderer:
         except Exception as error:  # the template is the model's program; the messages are the user's
             return {"failed": f"{type(error).__name__}: {_short(str(error))}"}
 
-    def _render(self, name: str, variables: Mapping[str, Any]) -> dict[str, Any]:
+    def _render(self, name: str, variables: Mapping[str, Any], most: int) -> dict[str, Any]:
         pieces, length = [], 0
         for piece in self._templates[name].generate(variables):
             length += len(piece)
-            if length > LONGEST_PROMPT:
-                return {"exceeds": f"makes more than {LONGEST_PROMPT} characters"}
+            if length > most:
+                return {"exceeds": f"makes more than {most} characters"}
             pieces.append(piece)
         return {"text": "".join(pieces)}
 
@@ -144,10 +157,10 @@ def _memory_in_use() -> int:
         return MOST_MEMORY
 
 
-def read_message(stream: BinaryIO) -> Any:
-    """Return what the next message says, or None at the end of the stream."""
+def read_message(stream: BinaryIO) -> tuple[Any, int]:
+    """Return what the next message says and its bytes, or None and 0 at the end of the stream."""
     length = int.from_bytes(stream.read(8), "little")
-    return json.loads(stream.read(length).decode("utf-8", "surrogatepass")) if length else None
+    return (json.loads(stream.read(length).decode("utf-8", "surrogatepass")) if length else None), length
 
 
 def message(content: Any) -> bytes:
@@ -164,11 +177,11 @@ def main(longest_seconds: float) -> None:
     renderer = Renderer()
     limit()
     while True:
-        request = read_message(requests)
+        request, size = read_message(requests)
         if request is None:
             return
         signal.setitimer(signal.ITIMER_PROF, longest_seconds)
-        answer = renderer.answer(request)
+        answer = renderer.answer(request, size)
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.write(message(answer))
         answers.flush()

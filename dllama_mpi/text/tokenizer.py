@@ -6,14 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from dllama_mpi.errors import ModelError, RequestError
+from dllama_mpi.errors import DllamaError, ModelError, RequestError
 
 from .files import read_json
 from .token_bytes import ByteRules
@@ -83,8 +83,8 @@ class Tokenizer:
         # get_vocab_size counts entries; ids with gaps between them reach further.
         self.vocab_size = max([backend.get_vocab_size(with_added_tokens=True), *(token_id + 1 for token_id in added)])
         self.leading_spaces = self._rules.leading_spaces
-        self.bos_id = self._id_of(self.special_tokens.get("bos_token"))
-        own_eos = self._id_of(self.special_tokens.get("eos_token"))
+        self.bos_id = self.token_id(self.special_tokens.get("bos_token"))
+        own_eos = self.token_id(self.special_tokens.get("eos_token"))
         declared = [*([] if own_eos is None else [own_eos]), *eos_ids]
         self.eos_ids = tuple(dict.fromkeys(token_id for token_id in declared if 0 <= token_id < self.vocab_size))
         self.stop_ids = frozenset([*self.eos_ids, *end_ids]) | self._well_known_ends()
@@ -104,7 +104,10 @@ class Tokenizer:
         model_folder = model_dir if model_dir.is_dir() else model_dir.parent
         folders = tuple(dict.fromkeys([file.parent, model_folder]))
         try:
-            backend = Backend.from_file(str(file))
+            with _panics(f"{file} cannot be read", ModelError):
+                backend = Backend.from_file(str(file))
+        except ModelError:
+            raise
         except Exception as error:  # the library raises bare Exception for every kind of broken file
             raise ModelError(f"{file} cannot be read: {error}; download it again, or give one by --tokenizer") from None
         settings = _first(folders, "tokenizer_config.json")
@@ -118,6 +121,11 @@ class Tokenizer:
         add_bos = settings.get("add_bos_token")
         eos_ids = [token_id for config in configs for token_id in declared_ids(config, "eos_token_id")]
         return cls(backend, special_tokens, add_bos if isinstance(add_bos, bool) else None, eos_ids, folders)
+
+    @property
+    def adds_bos(self) -> bool:
+        """Whether encoding starts a text with BOS."""
+        return self.bos_id is not None and self.bos_id in self._prefix
 
     def to_json(self) -> str:
         """Return the tokenizer as the text of a tokenizer.json."""
@@ -133,7 +141,7 @@ class Tokenizer:
                 No end token is ever added: there would be nothing to continue.
 
         Raises:
-            RequestError: the text is not valid Unicode.
+            RequestError: the text is not valid Unicode, or the tokenizer's expressions take too long on it.
         """
         try:
             text.encode()  # JSON and argv can smuggle in half a surrogate pair, and the library may guess at it
@@ -141,11 +149,12 @@ class Tokenizer:
             raise RequestError(
                 f"character {error.start} of the text is {text[error.start]!a}, half a surrogate pair; send valid UTF-8"
             ) from None
-        if len(text) > _LONG:
-            with self._huge if len(text) > _HUGE else contextlib.nullcontext():
-                encoding = self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
-        else:
-            encoding = self._backend.encode(text, add_special_tokens=False)
+        with _panics(f"the tokenizer of {self.origin} gives up on this text", RequestError):
+            if len(text) > _LONG:
+                with self._huge if len(text) > _HUGE else contextlib.nullcontext():
+                    encoding = self._backend.encode_batch_fast([text], add_special_tokens=False)[0]
+            else:
+                encoding = self._backend.encode(text, add_special_tokens=False)
         ids: list[int] = encoding.ids
         if not add_special_tokens or ids[: len(self._prefix)] == self._prefix:
             return ids
@@ -184,7 +193,8 @@ class Tokenizer:
         """Tell whether a token is a control token, not shown in the text."""
         return token_id in self._special_ids
 
-    def _id_of(self, token: str | None) -> int | None:
+    def token_id(self, token: str | None) -> int | None:
+        """Return the id of an entry or an added token; None if there is none, or none is asked for."""
         found: int | None = None if token is None else self._backend.token_to_id(token)
         return found
 
@@ -204,7 +214,8 @@ class Tokenizer:
         `add_bos_token` in tokenizer_config.json overrules the post-processor, as it does in transformers:
         DeepSeek's tokenizer.json leaves BOS to it.
         """
-        sample = self._backend.encode("a", add_special_tokens=True)
+        with _panics(f"{self.origin} cannot be used", ModelError):
+            sample = self._backend.encode("a", add_special_tokens=True)
         before = len(list(takewhile(bool, sample.special_tokens_mask)))
         prefix: list[int] = sample.ids[:before]
         if before == len(sample.ids):  # a vocabulary without "a": what follows the text is counted too
@@ -214,6 +225,17 @@ class Tokenizer:
         if add_bos and self.bos_id is not None and self.bos_id not in prefix:
             return [self.bos_id, *prefix]
         return prefix
+
+
+@contextlib.contextmanager
+def _panics(what: str, kind: type[DllamaError]) -> Iterator[None]:
+    """Turn a panic of the library into an error: of an expression whose matches take too long, or of a broken file."""
+    try:
+        yield
+    except BaseException as error:  # pyo3's is none of Exception, and has no name to import it by
+        if type(error).__name__ != "PanicException":
+            raise
+        raise kind(f"{what}: {str(error)[:200]}") from None
 
 
 def _find_tokenizer_json(path: Path) -> Path:

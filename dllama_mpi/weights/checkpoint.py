@@ -27,7 +27,10 @@ from .blocks import BlockTensor
 from .gguf_types import BY_NAME
 from .source import Tensor, TileTensor
 
-_DTYPES = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
+_DTYPES = {
+    "F32": np.float32, "F16": np.uint16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8, "I64": np.int64,
+    "I32": np.int32, "I8": np.int8, "F8_E4M3": np.uint8, "F8_E5M2": np.uint8, "F8_E8M0": np.uint8,
+}  # fmt: skip
 TILES_KEY = "dllama_mpi.weights"  # in a file's metadata: the tile format of its matrices
 FORMATS_KEY = "dllama_mpi.formats"  # the same of matrices that have another one, as JSON
 SCALES = ".row_scales"  # ends the name of the tensor beside a matrix of tiles that holds its row scales
@@ -105,6 +108,11 @@ class Checkpoint:
     def names(self) -> list[str]:
         """Return the names of all tensors."""
         return list(self._tensors)
+
+    def entry(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return safetensors' name of a tensor's type, and its shape."""
+        entry = self._tensors[name][1]
+        return entry["dtype"], tuple(entry["shape"])
 
     def unknown(self, names: Iterable[str]) -> list[str]:
         """Return the tensors that none of these names stands for."""

@@ -7,8 +7,6 @@ and a file may come from anyone. Lists are decoded when they are asked for: a vo
 from __future__ import annotations
 
 import hashlib
-import mmap
-import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -20,7 +18,8 @@ import numpy as np
 
 from ..errors import ModelError
 from ..kernels.strings import join_strings, skip_strings
-from .gguf_types import TYPES, BlockType
+from .gguf_types import TYPES
+from .mapped_file import MappedFile, TensorInfo
 
 MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -31,7 +30,6 @@ _ALIGNMENT, _MOST_ALIGNMENT = 32, 1 << 20
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _LIST = 8, 9
 _SPLIT = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
-_SAMPLE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -44,22 +42,6 @@ class _List:
     end: int
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor is.
-
-    Attributes:
-        shape: rows before columns, experts before both. start: of its bytes in the file. file: which of a split set.
-    """
-
-    name: str
-    type: BlockType
-    shape: tuple[int, ...]
-    start: int
-    size: int
-    file: int = 0
-
-
 class Metadata(Mapping[str, Any]):
     """What a file says beside its tensors: numbers, truth values, strings; lists as numpy arrays, or of strings.
 
@@ -69,10 +51,16 @@ class Metadata(Mapping[str, Any]):
     def __init__(self, data: np.ndarray) -> None:
         self._data = data
         self._found: dict[str, Any] = {}
+        self._kinds: dict[str, int] = {}
 
-    def put(self, key: str, value: Any) -> None:
-        """Take a value, or where a list lies."""
-        self._found[key] = value
+    def put(self, key: str, value: Any, kind: int) -> None:
+        """Take a value, or where a list lies, and the number of its type."""
+        self._found[key], self._kinds[key] = value, kind
+
+    def kind(self, key: str) -> tuple[int, int | None]:
+        """Return the number of a value's type, and of a list that of its elements' type."""
+        value = self._found[key]
+        return self._kinds[key], value.kind if isinstance(value, _List) else None
 
     def __getitem__(self, key: str) -> Any:
         value = self._found[key]
@@ -99,6 +87,11 @@ class Metadata(Mapping[str, Any]):
         """Return how many elements a list has; None where there is no such list."""
         value = self._found.get(key)
         return value.count if isinstance(value, _List) else None
+
+    def whole(self, key: str, default: int) -> int:
+        """Return a whole number, the default where there is none; -1 for a value of another type."""
+        value = self._found.get(key, default)
+        return value if type(value) is int else -1
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._found)
@@ -167,12 +160,11 @@ class _Reader:
         return found
 
 
-class GgufFile:
+class GgufFile(MappedFile):
     """One file.
 
     Attributes:
-        data: all of it, mapped, (n,) uint8. metadata, tensors: see their types; tensors in the order of the file.
-        header: bytes before the tensors' data.
+        metadata: what it says beside its tensors.
     """
 
     def __init__(self, path: Path, number: int = 0) -> None:
@@ -181,13 +173,8 @@ class GgufFile:
         Raises:
             ModelError: it cannot be read, or something in it cannot be.
         """
-        self.path, self._number = path, number
-        try:
-            size = path.stat().st_size
-            self.map = np.memmap(path, np.uint8, mode="c") if size else np.zeros(0, np.uint8)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path}: cannot be read: {error}") from None
-        self.data: np.ndarray = np.frombuffer(self.map.data, np.uint8)
+        super().__init__(path)
+        self._number = number
         self.metadata = Metadata(self.data)
         reader = _Reader(path, self.data)
         tensors, keys = self._read_start(reader)
@@ -220,7 +207,8 @@ class GgufFile:
             key = reader.name("a key")
             if key in self.metadata:
                 raise reader.error(f"metadata {key[:80]} is there twice")
-            self.metadata.put(key, reader.value(reader.number("I"), key[:80]))
+            kind = reader.number("I")
+            self.metadata.put(key, reader.value(kind, key[:80]), kind)
 
     def _alignment(self, reader: _Reader) -> int:
         value = self.metadata.get("general.alignment", _ALIGNMENT)
@@ -274,29 +262,9 @@ class GgufFile:
             raise reader.error(f"tensor {shown} has {shape[-1]} columns, and {kind.name} blocks of {kind.columns}")
         return TensorInfo(name, kind, shape, start, elements // kind.columns * kind.size)
 
-    def bytes_of(self, info: TensorInfo) -> np.ndarray:
-        """Return a tensor's bytes, (n,) uint8, mapped."""
-        return self.data[info.start : info.start + info.size]
-
     def without_tensors(self) -> bytes:
         """Return a GGUF file of the metadata alone."""
         return self.data[:8].tobytes() + bytes(8) + self.data[16 : self._end_of_keys].tobytes()
-
-    def sample(self, digest: Any) -> None:
-        """Put size, header and 4 KB from the middle of each tensor into a digest."""
-        digest.update(f"{self.path.name} {self.data.size} ".encode() + self.data[: self.header].tobytes())
-        with self.path.open("rb", buffering=0) as file:
-            for info in self.tensors.values():
-                size = min(_SAMPLE_BYTES, info.size)
-                digest.update(os.pread(file.fileno(), size, info.start + (info.size - size) // 2))
-
-    def release(self, start: int, size: int) -> None:
-        """Give back the memory of pages that were read; what they share with neighbours stays."""
-        mapped = getattr(self.map, "_mmap", None)
-        first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (start + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
-        if mapped is not None and hasattr(mmap, "MADV_DONTNEED") and length > 0:
-            mapped.madvise(mmap.MADV_DONTNEED, first, length)
 
 
 class GgufModel:
@@ -318,21 +286,19 @@ class GgufModel:
         self.metadata = self.files[0].metadata
         self.tensors: dict[str, TensorInfo] = {}
         for number, file in enumerate(self.files):
-            said = file.metadata.get("split.no", 0), file.metadata.get("split.count", 1) or 1
+            said = file.metadata.whole("split.no", 0), file.metadata.whole("split.count", 1) or 1
             if said != (number, len(self.files)):
                 raise ModelError(
-                    f"{file.path}: says that it is file {str(said[0])[:20]} of {str(said[1])[:20]}, counted from 0, and"
+                    f"{file.path}: says that it is file {said[0]} of {said[1]}, counted from 0, and"
                     f" lies as {number} of {len(self.files)}; get the whole set, under its own names"
                 )
             twice = next((name for name in file.tensors if name in self.tensors), None)
             if twice is not None:
                 raise ModelError(f"{file.path}: tensor {twice[:80]} is in two files of the set; get it again")
             self.tensors |= file.tensors
-        wanted = self.metadata.get("split.tensors.count", len(self.tensors))
+        wanted = self.metadata.whole("split.tensors.count", len(self.tensors))
         if wanted != len(self.tensors):
-            raise ModelError(
-                f"{self.path}: the set has {len(self.tensors)} tensors and says {str(wanted)[:20]}; get it again"
-            )
+            raise ModelError(f"{self.path}: the set has {len(self.tensors)} tensors and says {wanted}; get it again")
 
     @property
     def size(self) -> int:

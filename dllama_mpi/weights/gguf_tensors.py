@@ -1,9 +1,11 @@
-"""Tensors of GGUF files as `MappedSource` takes them: mapped, under the files' own names."""
+"""Tensors of files in GGUF's types as `MappedSource` takes them: mapped, under the files' own names."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -12,20 +14,40 @@ from ..kernels.layout import TileFormat
 from .blocks import BlockTensor
 from .checkpoint import name_of
 from .gguf import GgufModel
-from .gguf_types import BlockType
+from .mapped_file import MappedFile, TensorInfo
 from .source import Tensor
 
 _NUMPY = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
 
 
-class GgufTensors:
-    """All tensors of a model in GGUF files under the files' own names; what `MappedSource` reads from.
+class Container(Protocol):
+    """A model's files, opened; path: the first."""
+
+    path: Path
+
+    @property
+    def files(self) -> Sequence[MappedFile]:
+        """All of them."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The tensors of all files."""
+
+    def fingerprint(self) -> str:
+        """Return a digest of sizes, headers and samples of all tensors."""
+
+
+C = TypeVar("C", bound=Container)
+
+
+class FileTensors(Generic[C]):
+    """All tensors of a model's files under the files' own names; what `MappedSource` reads from.
 
     Attributes:
         folder: the file. model: the container.
     """
 
-    def __init__(self, model: GgufModel) -> None:
+    def __init__(self, model: C) -> None:
         """Take opened files."""
         self.model, self.folder = model, model.path
         self._fingerprint = ""
@@ -37,9 +59,9 @@ class GgufTensors:
         """Return the names of all tensors."""
         return list(self.model.tensors)
 
-    def type_of(self, name: str) -> BlockType:
-        """Return the type of a tensor."""
-        return self.model.tensors[name].type
+    def format_of(self, name: str) -> TileFormat | None:
+        """Return the format that keeps a tensor best; None for plain numbers, or where there is none."""
+        return self.model.tensors[name].type.format if name in self else None
 
     def __getitem__(self, name: str) -> Tensor:
         """Map a tensor.
@@ -76,3 +98,6 @@ class GgufTensors:
         """Return what the matrices have been made from; see `Checkpoint.lineage`."""
         self._fingerprint = self._fingerprint or self.model.fingerprint()
         return f"{self._fingerprint}>{name_of(formats)}"
+
+
+GgufTensors = FileTensors[GgufModel]

@@ -99,7 +99,8 @@ class Ref:
     def open(self, name: str, source: Tensors) -> Tensor:
         """Return the tensor under the table's name."""
         tensor = source[self.name]
-        if tensor.dtype not in PLAIN_DTYPES and (self.flat or self.single or self.add or self.exponents):
+        changes = self.flat or self.single or self.add or self.exponents or self.transposed
+        if tensor.dtype not in PLAIN_DTYPES and changes:
             raise ModelError(f"tensor {self.name} is {tensor.dtype}; only {', '.join(PLAIN_DTYPES)} can be read here")
         data = tensor.data if self.index is None else tensor.data[self.index]
         if self.transposed:
@@ -244,11 +245,13 @@ class StackedTensor(Tensor):
 
     def make_tiles(self, ranges: tuple[Range, ...], fmt: TileFormat) -> tuple[np.ndarray, np.ndarray] | None:
         """Return a part as tiles and row scales if the experts' tensors make them themselves."""
-        made = [self.parts[expert].make_tiles(ranges[1:], fmt) for expert in range(*ranges[0])]
-        found = [each for each in made if each is not None]
-        if not found or len(found) < len(made):
-            return None
-        return np.concatenate([tiles for tiles, _ in found]), np.concatenate([scales for _, scales in found])
+        matrix = empty_matrix(fmt, tuple(stop - start for start, stop in ranges))
+        for i, expert in enumerate(range(*ranges[0])):
+            made = self.parts[expert].make_tiles(ranges[1:], fmt)
+            if made is None:
+                return None
+            matrix.tiles[i], matrix.row_scales[i] = made[0][0], made[1][0]
+        return (matrix.tiles, matrix.row_scales) if len(matrix.tiles) else None
 
     def values(self, ranges: tuple[Range, ...]) -> np.ndarray:
         """Return a part of all experts' vectors as float32."""

@@ -159,8 +159,8 @@ class Partial:
 
         Args:
             source: the model directory they are copied from.
-            sizes: bytes of the files that were written. more: contents of further files; of config.json if the source
-                has none.
+            sizes: bytes of the files that were written. more: contents of further files, in place of the source's
+                where both have one.
 
         Raises:
             ClusterError: what the other ranks wrote is not here.
@@ -172,7 +172,7 @@ class Partial:
                 raise ClusterError(f"{path} has {size} of {expected} bytes; let one conversion at a time write there")
         for pattern in COMPANIONS:
             for path in sorted(source.glob(pattern)):
-                if path.is_file():
+                if path.is_file() and path.name not in more:
                     self._add(path.name, path.read_bytes())
         config = source / CONFIG
         if CONFIG not in more and not config.is_file():

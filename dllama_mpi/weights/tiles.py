@@ -12,6 +12,7 @@ from ..kernels.matmul import described
 from ..kernels.quantize import NO_SCALES, pack_tiles, unpack_tiles, update_row_scales
 from .source import Range, Tensor, TileTensor
 
+_CODES = ("U8", "U32", "I8", "I32", "I64", "F8_E4M3", "F8_E5M2", "F8_E8M0")  # types of elements that are no weights
 _CHUNK_BYTES = 16 << 20  # float32 rows held while a matrix is quantised
 
 
@@ -76,7 +77,7 @@ def check_shape(tensor: Tensor, shape: tuple[int, ...]) -> None:
     Raises:
         ModelError: naming their type, or both shapes.
     """
-    if tensor.dtype in ("U8", "U32") and not isinstance(tensor, TileTensor):
+    if tensor.dtype in _CODES and not isinstance(tensor, TileTensor):
         raise ModelError(
             f"tensor {tensor.name} is {tensor.dtype}, but nothing says in which format; get the BF16, F16 or F32 model"
         )
@@ -175,19 +176,21 @@ def _fill(
         first = (start - rows[0]) // ROWS
         own_scales = scales[ROWS * first : ROWS * first + len(chunk)] if fmt.has_row_scales else NO_SCALES
         if fmt.has_row_scales:  # of whole rows, whatever columns this rank holds
-            _read(tensor, expert, (start, stop), (0, width), chunk)
+            read_rows(tensor, expert, (start, stop), (0, width), chunk)
             own_scales[:] = 0
             update_row_scales(fmt, chunk, own_scales)
             part = np.zeros((len(chunk), ceil_to(cols[1] - cols[0], BLOCK)), np.float32)
             part[:, : cols[1] - cols[0]] = chunk[:, cols[0] : cols[1]]
         else:
-            _read(tensor, expert, (start, stop), cols, chunk)
+            read_rows(tensor, expert, (start, stop), cols, chunk)
             part = chunk
         pack_tiles(fmt, part, tiles[first : first + len(chunk) // ROWS], own_scales)
 
 
-def _read(tensor: Tensor, expert: int, rows: Range, cols: Range, out: np.ndarray) -> None:
-    """Write values into the corner of float32 `out`, whose columns beyond are zero already.
+def read_rows(tensor: Tensor, expert: int, rows: Range, cols: Range, out: np.ndarray) -> None:
+    """Write rows and columns of one expert's matrix, or of the only one, as values into the corner of float32 `out`.
+
+    The columns beyond are zero already.
 
     Raises:
         ModelError: a value is not finite.

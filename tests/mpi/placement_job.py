@@ -63,6 +63,7 @@ def main() -> None:
         "received": [origin.received for origin in llm.origins],
         "in_memory": [origin.in_memory for origin in llm.origins],
         "logits": hashlib.sha256(logits.tobytes()).hexdigest(),
+        "last": logits[-1].tolist(),
         "tokens": result.token_ids,
     }
     print(json.dumps(report))

@@ -263,8 +263,9 @@ def test_a_size_that_cannot_be(key: str, value: Any) -> None:
             " from the file",
         ),
         (
-            {"quantization_config": {"quant_method": "gptq"}},
-            "weights quantised by 'gptq' cannot be read; use the BF16, F16 or F32 model",
+            {"quantization_config": {"quant_method": "hqq"}},
+            "weights quantised by 'hqq' cannot be read, but those by awq, compressed-tensors, fbgemm_fp8, fp8, gptq;"
+            " get such a model, a GGUF file, or the BF16, F16 or F32 model",
         ),
         (
             {

@@ -45,7 +45,7 @@ def test_what_would_be_understood_is_said(models: Path) -> None:
     assert said.startswith(
         "./lama: no such model directory or file; give a folder with config.json and *.safetensors, "
     )
-    assert "a .gguf file, or a model of the hub as ORG/NAME" in said
+    assert "a .gguf file, a .m file of Distributed Llama, or a model of the hub as ORG/NAME" in said
     assert said.endswith("(did you mean llama?)")
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dllama_mpi.errors import ModelError
 from dllama_mpi.kernels.layout import FORMATS, TileFormat
@@ -15,10 +17,9 @@ from dllama_mpi.weights.gguf_types import BY_NAME, TYPES
 from dllama_mpi.weights.mapped import Ref, Reordered
 from dllama_mpi.weights.source import Range, Tensor
 from dllama_mpi.weights.tiles import TileMatrix, load_matrix
-from tests.gguf_blocks import HALVES, blocks, values_of, written
+from tests.gguf_blocks import BOUNDS, HALVES, blocks, like, values_of, written
 
 ROWS, COLS = 45, 768
-EXACT = ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL", "MXFP4")
 Floats = npt.NDArray[np.float32]
 every_type = pytest.mark.parametrize("kind", HALVES)
 
@@ -35,15 +36,16 @@ def loaded(tensor: Tensor, fmt: TileFormat, rows: Range = (0, ROWS), cols: Range
 
 
 def bound(kind: str, matrix: TileMatrix, expected: Floats) -> Floats:
-    """Return how far each value may be from what the file says."""
-    if kind in EXACT:
+    """Return how far each value may be from what the file says; see `BOUNDS`."""
+    which = BOUNDS[kind]
+    if which == "exact":
         return np.zeros_like(expected)
-    if kind == "IQ4_XS":  # the scale is rounded to float16
-        return np.abs(expected) * np.float32(2.0**-10)
-    if kind in ("Q4_1", "Q4_K"):  # half a unit of the step for each of up to 15 codes, four of the minimum
+    if which == "float16":
+        return np.abs(expected) * np.float32(2.0**-10) + 127 * np.float32(2.0**-25)
+    if which == "steps":  # half a unit of the step for each of up to 15 codes, four of the minimum
         return np.repeat(matrix.row_scales[0, : len(expected), None] * 11.6, expected.shape[1], axis=1)
     each = np.abs(expected).reshape(len(expected), -1, 32)
-    if matrix.format.name == "q80":  # half a step, and the scale's rounding, which is coarse where it is subnormal
+    if which == "q80":  # half a step, and the scale's rounding, which is coarse where it is subnormal
         return np.repeat(each.max(axis=2) * (0.51 / 127 + 2.0**-11) + 127 * 2.0**-25, 32, axis=1)
     ends = expected.reshape(each.shape)
     spread = np.maximum(ends.max(axis=2), 0) - np.minimum(ends.min(axis=2), 0)
@@ -58,6 +60,39 @@ def test_within_the_bound_of_the_format(kind: str, seed: int, tmp_path: Path) ->
     error = np.abs(matrix.to_float32() - expected)
     assert (error <= bound(kind, matrix, expected)).all()
     assert (error**2).sum() <= 0.012 * (expected**2).sum()
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_tensor(data: st.DataObject, tmp_path: Path) -> None:
+    """Of any type, size and scale, cut anywhere, in any order of rows: the package's values, or as near as is said."""
+    kind, seed = data.draw(st.sampled_from(list(BOUNDS))), data.draw(st.integers(0, 2**32 - 1))
+    width = BY_NAME[kind].columns
+    rows, cols = data.draw(st.integers(1, 40)), max(width, 32) * data.draw(st.integers(1, 3))
+    if data.draw(st.booleans(), "quantised by the package"):
+        rng = np.random.default_rng(seed)
+        values = rng.standard_normal((rows, cols), np.float32) * np.float32(10.0 ** data.draw(st.integers(-3, 3)))
+        raw = like(values, kind)
+    else:
+        raw = blocks(kind, rows, cols, seed, negative=BOUNDS[kind] != "steps" and data.draw(st.booleans()))
+    expected, tensor = values_of(kind, raw), written(tmp_path / "a.gguf", kind, raw)
+    if data.draw(st.booleans(), "rows in another order"):
+        order = np.random.default_rng(seed).permutation(rows)
+        tensor, expected = replace(tensor, order=order), expected[order]
+    first = data.draw(st.integers(0, rows - 1)), 32 * data.draw(st.integers(0, cols // 32 - 1))
+    last = data.draw(st.integers(first[0] + 1, rows)), 32 * data.draw(st.integers(first[1] // 32 + 1, cols // 32))
+    ranges = (first[0], last[0]), (first[1], last[1])
+    part = expected[slice(*ranges[0]), slice(*ranges[1])]
+    exact = load_matrix(tensor, (rows, cols), ranges, FORMATS["f32"])
+    np.testing.assert_array_equal(exact.to_float32(), part)
+    kept = load_matrix(tensor, (rows, cols), ranges, own_format(kind))
+    assert (np.abs(kept.to_float32() - part) <= bound(kind, kept, part)).all()
+
+
+def test_every_type_has_a_bound() -> None:
+    assert set(BOUNDS) == set(HALVES) == {kind.name for kind in TYPES.values() if not kind.is_plain}
+    kept = {kind: own_format(kind).name for kind in BOUNDS}
+    assert all(kept[kind] == which for kind, which in BOUNDS.items() if which in ("q80", "q4m"))
 
 
 @every_type

@@ -72,6 +72,17 @@ def test_text_of_added_tokens() -> None:
     assert not tokenizer.is_special(258)
 
 
+@pytest.mark.parametrize("pre", ["superbpe", "tiny_aya"])
+def test_groups_of_digits_are_counted_from_the_end(pre: str) -> None:
+    """Up to 600 digits; a longer number takes time in proportion to its length, not to its square."""
+    tokenizer = byte_level(pre, ("1", "11", "111"))
+    one, two, three = (ids(tokenizer, "1" * count)[0] for count in (1, 2, 3))
+    assert ids(tokenizer, "1" * 600) == [three] * 200
+    assert ids(tokenizer, "1" * 599) == [two, *[three] * 199]
+    assert ids(tokenizer, "1" * 598) == [one, *[three] * 199]
+    assert tokenizer.decode(ids(tokenizer, "1" * 30_000)) == "1" * 30_000
+
+
 def test_half_characters() -> None:
     assert byte_level().decode([0xE5, ord("a"), 0xFF]) == "\ufffda\ufffd"
 

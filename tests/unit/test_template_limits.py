@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
@@ -18,13 +19,62 @@ from dllama_mpi.errors import ModelError, RequestError
 from dllama_mpi.text import template_process
 from dllama_mpi.text.chat_template import ChatTemplate
 from dllama_mpi.text.template_process import PROCESS
-from dllama_mpi.text.template_program import LONGEST_PROMPT, Renderer
+from dllama_mpi.text.template_program import Renderer
 
 CHAT = [{"role": "user", "content": "hi " * 1000}]
 
 
 def render(source: str) -> str:
     return ChatTemplate({"default": source}, {}, "stranger.gguf").render(CHAT)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ '{0.__class__}'.format(messages) }}", "{% set f = '{0.__init__.__globals__}'.format %}{{ f(cycler) }}",
+        "{{ ('' | attr('format'))('{0.__class__.__mro__}', 1) }}", "{{ messages | attr('__class__') }}",
+        "{{ messages | map(attribute='__class__.__mro__') | list }}", "{{ '' ['__class__'] }}",
+        "{{ messages | groupby('__class__.__base__') | map(attribute=0) | list }}", "{{ self.__init__.__globals__ }}",
+        "{{ self._TemplateReference__context }}", "{{ lipsum.__globals__['os'].environ }}", "{{ joiner.__init__ }}",
+        "{{ namespace.__init__.__globals__ }}", "{{ dict.__base__.__subclasses__() }}", 
+        "{{ raise_exception.__code__ }}",
+        "{{ strftime_now.__globals__ }}", "{% macro m() %}{% endmacro %}{{ m._func.__globals__ }}",
+        "{{ (messages | map('upper')).gi_frame.f_globals }}", "{{ ''.isalpha.__self__.__class__ }}",
+        "{% for x in messages %}{{ loop._iterator.__class__ }}{% endfor %}", "{% import 'os' as os %}{{ os.environ }}",
+        "{% include '/proc/self/environ' %}", "{% extends '/etc/passwd' %}", "{% from '/proc/self/fd/0' import x %}",
+        "{{ request }}{{ config }}{{ environment }}{{ context }}", "{{ open('/etc/passwd') }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update({'role': 'x'}) }}", "{% debug %}", "{{ ''.encode('rot13') }}", "{{ ''.encode('zip') }}",
+    ],
+)  # fmt: skip
+def test_what_a_template_cannot_reach(source: str) -> None:
+    """No types, no globals, no files, no change to what it was given: nothing comes out, or one line says why."""
+    found = ""
+    with contextlib.suppress(RequestError, ModelError):
+        found = render(source)
+    assert not any(word in found for word in ("class", "built-in", "module", "code", "root", "PATH", "None", "globals"))
+    assert len(found) < 60
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ ns.x | tojson }}", "{{ ns.x == [ns.x] }}", "{{ ns.x }}", "{{ ns.x | pprint }}", "{{ loop([1]) }}"],
+)
+def test_what_is_nested_too_deeply(source: str) -> None:
+    nested = "{% set ns = namespace(x=[]) %}{% for i in range(20000) %}{% set ns.x = [ns.x] %}{% endfor %}"
+    with pytest.raises(RequestError, match=r"RecursionError|signal"):
+        render(nested + (source if "ns" in source else "{% for i in [1] recursive %}" + source + "{% endfor %}"))
+    assert render("{{ messages[0].role }}") == "user"
+
+
+def test_a_prompt_is_as_long_as_what_it_is_made_of() -> None:
+    """Text that tokenizers would take long over is not made of nothing, but long messages may be repeated."""
+    with pytest.raises(RequestError, match=r"makes more than 3[0-9]{5} characters"):
+        ChatTemplate({"default": "{{ 'x' * 1000000 }}"}, {}, "t").render([{"role": "user", "content": "hi"}])
+    found = ChatTemplate({"default": "{{ messages[0].content * 4 }}"}, {}, "t").render(
+        [{"role": "user", "content": "x" * 1_000_000}]
+    )
+    assert len(found) == 4_000_000
 
 
 @pytest.fixture
@@ -49,7 +99,7 @@ def short_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
             "takes more than 512 MB",
         ),
-        ("{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}", f"makes more than {LONGEST_PROMPT}"),
+        ("{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}", "makes more than 32[0-9]{4} characters"),
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{{ cycler.__init__.__globals__.os.getcwd() }}", "SecurityError"),
         ("{{ raise_exception('x' * 10**6) }}", "refuses these messages: x{500}$"),
@@ -98,6 +148,7 @@ def test_the_program_opens_no_files() -> None:
 def test_what_jinja_imports_late_is_there() -> None:
     found = render("{{ 'a' | pprint }} {{ 'é\\n' }} {{ 'a b' | wordwrap(1) }} {{ (lipsum(1) | length) > 9 }}")
     assert found == "'a' é\n a\nb True"
+    assert render("{{ '<b>1 &lt; 2</b>' | striptags }}") == "1 < 2"
 
 
 def test_its_environment_holds_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +250,7 @@ def test_it_ends_with_the_process_that_started_it() -> None:
 
 def test_the_program_itself() -> None:
     renderer = Renderer()
-    assert renderer.answer({"sources": {"default": "{{ x }}{% generation %}!{% endgeneration %}"}}) == {}
-    assert renderer.answer({"name": "default", "variables": {"x": 3}}) == {"text": "3!"}
-    assert renderer.answer({"sources": {"default": "\n{% if %}"}})["broken"].startswith("is broken in line 2")
-    assert renderer.answer({"name": "other", "variables": {}}) == {"failed": "KeyError: 'other'"}
+    assert renderer.answer({"sources": {"default": "{{ x }}{% generation %}!{% endgeneration %}"}}, 0) == {}
+    assert renderer.answer({"name": "default", "variables": {"x": 3}}, 0) == {"text": "3!"}
+    assert renderer.answer({"sources": {"default": "\n{% if %}"}}, 0)["broken"].startswith("is broken in line 2")
+    assert renderer.answer({"name": "other", "variables": {}}, 0) == {"failed": "KeyError: 'other'"}

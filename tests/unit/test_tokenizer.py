@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from dllama_mpi.errors import DllamaError
+from dllama_mpi.errors import DllamaError, RequestError
 from dllama_mpi.text.tokenizer import Tokenizer
 
 from .tiny_tokenizers import HARD_TEXTS, SENTENCES, byte_level, sentencepiece, write_model_dir
@@ -105,6 +105,19 @@ def test_ids_outside_the_vocabulary_add_nothing() -> None:
 def test_half_a_surrogate_pair_is_a_users_error() -> None:
     with pytest.raises(DllamaError, match=r"character 2 .*\\ud83d.*UTF-8"):
         Tokenizer(byte_level()).encode("ab\ud83d")
+
+
+@pytest.mark.parametrize("expression", ["(a|aa)+$", "(a+)+$"])
+def test_an_expression_that_takes_too_long(expression: str, tmp_path: Path) -> None:
+    """The library gives up by a panic, which is no Exception: a stranger's expression must not end the program."""
+    backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "!": 1}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(expression), "isolated")
+    backend.decoder = decoders.Fuse()
+    write_model_dir(tmp_path, backend)
+    tokenizer = Tokenizer.load(tmp_path)
+    with pytest.raises(RequestError, match="gives up on this text"):
+        tokenizer.encode("a" * 50 + "!")
+    assert tokenizer.encode("a!") == [0, 1]
 
 
 def test_unknown_decoder_is_refused() -> None:

@@ -51,6 +51,22 @@ def byte_level() -> tokenizers.Tokenizer:
     return backend
 
 
+def byte_level_after(
+    cut: pre_tokenizers.PreTokenizer | None = None, specials: tuple[str, ...] = ("<|begin|>", "<|end|>", "<|start|>")
+) -> tokenizers.Tokenizer:
+    """Train a byte-level BPE whose special tokens come after its words; cut: into words, by default by GPT-2's rule."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = cut or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
+    )
+    numbers = " ".join(str(number) for number in range(100, 400))
+    backend.train_from_iterator([*SENTENCES, numbers, "def f():\n    if x:\n        return  1\n" * 9], trainer)
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
+    return backend
+
+
 def sentencepiece(metaspace: bool = False) -> tokenizers.Tokenizer:
     """Build a BPE with byte fallback as Llama 2 and Mistral have: ids 0 to 2 special, 3 to 258 the bytes.
 
