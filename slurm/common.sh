@@ -74,7 +74,7 @@ choose() {
 from mpi4py import MPI; print(MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0 "))'
   library=$("${python[@]}" -c "$script" 2>"$scratch") ||
     die "$DLLAMA_PYTHON cannot load MPI: $(tail -n 1 "$scratch"); pip install mpi4py mpich, or load the site's module"
-  library=$(tr -s ' \t' ' ' <<<"$library")
+  library=$(sed 's/ Version:[[:space:]]*/ /' <<<"$library")
   mpiexec=$(dirname "$(command -v "${python[0]}")")/mpiexec
   [ -x "$mpiexec" ] || mpiexec=$(command -v mpiexec) || mpiexec=
   local list all

@@ -21,6 +21,7 @@ import pytest
 from tests.mpi import guard
 from tests.mpi.launch import ROOT, Done, environment, run_mark
 
+SCRIPTS = ROOT / "slurm"
 PATIENCE = 300.0
 CONTROLLER = "ctl"
 _NET = "10.77.0"
@@ -51,8 +52,8 @@ NodeName={names} CPUs={cpus} RealMemory=2000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
-# $1: the host's name. $2: the cluster's folder. The machine's /proc, from before the new one, tells the outer process id.
-_INIT = """\
+# $1: the host's name. $2: the cluster's folder. The machine's own /proc tells the process id outside.
+_INIT = f"""\
 set -eu
 read -r pid _ </proc/self/stat
 hostname "$1"
@@ -66,11 +67,11 @@ mount --bind "$2/local-$1" "$2/local"
 ip link set lo up
 echo "$pid" >"$2/$1.pid.new"
 mv "$2/$1.pid.new" "$2/$1.pid"
-until ip -4 -o addr show | grep -q " {net}[.]"; do sleep 0.02; done
+until ip -4 -o addr show | grep -q " {_NET}[.]"; do sleep 0.02; done
 munged --force --key-file="$2/munge.key" --log-file="$2/munged-$1.log" --seed-file="$2/munge-$1.seed"
-if [ "$1" = {controller} ]; then slurmctld -D & else slurmd -D -N "$1" & fi
+if [ "$1" = {CONTROLLER} ]; then slurmctld -D & else slurmd -D -N "$1" & fi
 while :; do wait || true; sleep 3600 & done
-""".format(net=_NET, controller=CONTROLLER)
+"""
 
 
 @dataclass
@@ -275,6 +276,3 @@ def cluster(size: int, folder: Path) -> Iterator[Cluster]:
     finally:
         made.close()
         guard.end_marked(made.env[guard.VARIABLE])
-
-
-SCRIPTS = ROOT / "slurm"
