@@ -59,14 +59,23 @@ launch() {
 
 offered() { srun --mpi=list 2>&1 | grep -v '^MPI plugin types' | sed 's/.*: *//' | tr ',' '\n' | awk '{print $1}' | sort -u; }
 
-# Whether all ranks find each other, started in this way.
+# Whether all ranks find each other, started in this way, and nothing is said of broken messages: MPICH's start through
+# srun --mpi=pmi2 may go well once, and then not.
 works() {
   launch "$nodes"
   timeout 120 "${launcher[@]}" "$rank" "${python[@]}" -c '
 import sys
-from mpi4py import MPI
-MPI.COMM_WORLD.Barrier()
-sys.exit(MPI.COMM_WORLD.size != int(sys.argv[1]))' "$ranks" >"$scratch" 2>&1
+from dllama_mpi.parallel.group import connect
+group = connect()
+group.allgather(None)
+sys.exit(group.size != int(sys.argv[1]))' "$ranks" >"$scratch" 2>&1 && ! grep -q 'mpi/pmi2: .*request' "$scratch"
+}
+
+# What it said last, in parentheses, if anything.
+last_words() {
+  local line
+  line=$(grep -v '^ *[-=*]*$' "$scratch" | tail -n 1)
+  [ -z "$line" ] || printf ' (%s)' "$line"
 }
 
 choose() {
@@ -74,7 +83,7 @@ choose() {
 from mpi4py import MPI; print(MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\0 "))'
   library=$("${python[@]}" -c "$script" 2>"$scratch") ||
     die "$DLLAMA_PYTHON cannot load MPI: $(tail -n 1 "$scratch"); pip install mpi4py mpich, or load the site's module"
-  library=$(sed 's/ Version:[[:space:]]*/ /' <<<"$library")
+  library=${library/ Version:*[[:space:]]/ }
   mpiexec=$(dirname "$(command -v "${python[0]}")")/mpiexec
   [ -x "$mpiexec" ] || mpiexec=$(command -v mpiexec) || mpiexec=
   local list all
@@ -91,7 +100,7 @@ from mpi4py import MPI; print(MPI.Get_library_version().split(",")[0].splitlines
       done
       for how in "${candidates[@]}"; do
         if works; then return; fi
-        say "$how does not start $library: $(tail -n 1 "$scratch")"
+        say "$how does not start $library$(last_words)"
       done
       die "nothing here starts $library: tried ${candidates[*]:-nothing}, srun --mpi=list offers $all; see $here/README.md"
       ;;
@@ -104,7 +113,7 @@ from mpi4py import MPI; print(MPI.Get_library_version().split(",")[0].splitlines
   esac
   how=$DLLAMA_START
   works || die "DLLAMA_START=$how does not start $library: its ranks do not find each other; leave it at auto," \
-    "or use srun:pmi2 with MPICH, srun:pmix with Open MPI"
+    "or use srun:pmi2 with MPICH, srun:pmix with Open MPI$(last_words)"
 }
 
 # ---- the model

@@ -20,8 +20,8 @@ NODES = 4
 @pytest.fixture(scope="session")
 def hosts() -> Iterator[Cluster]:
     """Four nodes. Their kernels are those of this user's cache: compiling takes half a minute a node."""
-    kernels = Path(config.CACHE_DIR).parents[1]
-    assert runtime.ISA in config.CACHE_DIR
+    kernels = Path(config.CACHE_DIR).parents[1]  # type: ignore[attr-defined]  # set by `runtime`
+    assert runtime.ISA
     with (
         tempfile.TemporaryDirectory(prefix=guard.folder_prefix(), ignore_cleanup_errors=True) as folder,
         cluster(NODES, Path(folder)) as made,
