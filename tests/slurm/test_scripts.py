@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from tests.hub.small_hub import Hub, serving
 from tests.mpi import guard
-from tests.mpi.launch import mpiexec
+from tests.mpi.launch import mpiexec, run
 from tests.slurm.cluster import SCRIPTS, Cluster, Job, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.lan]
@@ -88,6 +89,23 @@ def test_a_copy_of_the_scripts_elsewhere(hosts: Cluster, place: Path) -> None:
     assert re.search(r"rank 1 on node1 received \S+ MB from rank 0", log), log
     assert list((hosts.own("node1") / "dllama/weights").iterdir())
     assert not (hosts.own("node1") / "dllama/models").exists()
+
+
+def test_a_model_that_was_fetched_at_the_login_node(hosts: Cluster, place: Path) -> None:
+    """Nodes reach no hub, and do not try to."""
+    files = {path.name: path.read_bytes() for path in (SCRIPTS.parent / "dllama_mpi/demo").iterdir() if path.is_file()}
+    home = {"HF_HOME": str(place / "hf")}
+    with serving(Hub(repos={"org/tiny": files})) as hub:
+        command = [sys.executable, "-m", "dllama_mpi", "download", "org/tiny"]
+        fetched = run(command, env={**home, "HF_ENDPOINT": hub.url})
+        assert fetched.returncode == 0, fetched.stderr
+    exported = f"--export=ALL,HF_HOME={home['HF_HOME']},HF_ENDPOINT=http://hub.invalid"
+    job = hosts.submit(place, "--nodes=2", exported, script("generate"), "org/tiny", PROMPT, *GREEDY)
+    log = job.wait()
+    alone = mpiexec(1, ["-m", "dllama_mpi", "--prompt", PROMPT, *GREEDY])
+    assert alone.stdout.strip() in log
+    log = hosts.submit(place, "--nodes=1", exported, script("generate"), "org/other", PROMPT).wait(2)
+    assert "org/other" in log.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
