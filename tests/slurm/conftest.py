@@ -17,7 +17,7 @@ from tests.slurm.cluster import Cluster, cluster
 NODES = 4
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def hosts() -> Iterator[Cluster]:
     """Four nodes. Their kernels are those of this user's cache: compiling takes half a minute a node."""
     kernels = Path(config.CACHE_DIR).parents[1]  # type: ignore[attr-defined]  # set by `runtime`
