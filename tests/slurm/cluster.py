@@ -207,13 +207,25 @@ class Job:
 
         def over() -> bool:
             found = self.show()
-            if found["JobState"] == "PENDING" and found["Restarts"] != "0":  # held for two minutes otherwise
+            # Slurm holds a requeued job for two minutes, in which the last of its processes end.
+            if found["JobState"] == "PENDING" and found["Restarts"] != "0" and not self.processes():
                 self.cluster.run(["scontrol", "update", f"jobid={self.id}", "starttime=now"], check=False)
             return self.has_ended()
 
         wait_until(over, f"job {self.id} to end", self.describe)
         assert self.show()["ExitCode"] == f"{status}:0", self.describe()
         return self.log
+
+    def processes(self) -> dict[int, list[str]]:
+        """Return the command lines of its processes, those of Slurm for it included, by process id."""
+        found = {}
+        for pid in guard.marked(self.cluster.env[guard.VARIABLE]):
+            with contextlib.suppress(OSError):  # it has ended
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                if f"SLURM_JOB_ID={self.id}".encode() in environment or f"slurmstepd: [{self.id}." in words[0]:
+                    found[pid] = words
+        return found
 
     def describe(self) -> str:
         """Return its state and log."""

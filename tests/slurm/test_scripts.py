@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from tests.hub.small_hub import Hub, serving
-from tests.mpi import guard
 from tests.mpi.launch import mpiexec, run
 from tests.slurm.cluster import SCRIPTS, Cluster, Job, wait_until
 
@@ -151,17 +150,6 @@ def connection(path: Path) -> tuple[str, str]:
     return found["DLLAMA_URL"], found["DLLAMA_API_KEY"]
 
 
-def ranks(hosts: Cluster, job: Job) -> list[int]:
-    """Return the process ids of a job's ranks."""
-    found = []
-    for pid in guard.marked(hosts.env[guard.VARIABLE]):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        if words[1:3] == [b"-m", b"dllama_mpi"] and f"SLURM_JOB_ID={job.id}".encode() in environment:
-            found.append(pid)
-    return found
-
-
 def test_the_time_limit(hosts: Cluster, place: Path) -> None:
     """A server drains and ends with 0; a batch is saved and requeued, and finishes."""
     file = requests(place / "in.jsonl", 32, 48)
@@ -169,7 +157,7 @@ def test_the_time_limit(hosts: Cluster, place: Path) -> None:
     batch = hosts.submit(place, "--nodes=2", script("batch"), str(file), "out.jsonl", "demo", *options)
     server = hosts.submit(place, "--nodes=2", script("serve"), "demo")
     batch.until(lambda: bool(answered(place / "out.jsonl")), "answers")
-    stopped = ranks(hosts, batch)
+    stopped = [pid for pid, words in batch.processes().items() if words[1:4] == ["-m", "dllama_mpi", "batch"]]
     assert len(stopped) == 2
     for pid in stopped:  # it must not finish before the signal comes
         os.kill(pid, signal.SIGSTOP)
