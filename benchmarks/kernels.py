@@ -173,10 +173,12 @@ def _cache(config: ModelConfig, shard: Shard, kv_type: str) -> list[KVLayer]:
     buffers = Buffers(config, shard, formats, Sizes(1, 1, ceil_div(positions, PAGE), kv_type))
     (run,), rng = buffers.runs, np.random.default_rng(0)
     memory = buffers.memory(run, Maker())
-    for part in memory[1:]:
-        for layer in part:
-            layer[:] = _random(rng, layer)
-    return [KVLayer(memory.marker, *(part[i] for part in memory[1:])) for i in range(config.num_layers)]
+    parts = (memory.keys, memory.key_scales, memory.values, memory.value_scales)  # one layer's pages after the other's
+    for part in parts:
+        for page in part:
+            page[:] = _random(rng, page)
+    places = [slice(i * memory.pages, (i + 1) * memory.pages) for i in range(config.num_layers)]
+    return [KVLayer(memory.marker, *(part[place] for part in parts)) for place in places]
 
 
 def _random(rng: np.random.Generator, part: np.ndarray) -> np.ndarray:

@@ -54,7 +54,7 @@ def add_weights_option(group: argparse._ActionsContainer) -> None:
         "--weights",
         metavar="RECIPE",
         help="format of the weights: q4m, q40, iq4nl, mxfp4, q80, f16 or f32, then rules for some of them, such as"
-        " q40,lm_head=q80 (default: what a converted directory holds, else q4m)",
+        " q40,lm_head=q80 (default: what a quantised or converted model holds, else q4m)",
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
+from ..log import warn
 from .candidates import Candidates
 from .request import SamplingParams, TokenLogprobs
 
@@ -43,6 +45,12 @@ def logprobs_of(candidates: Candidates, token: int, count: int) -> TokenLogprobs
     return TokenLogprobs(own, tuple(zip(candidates.ids[:count].tolist(), values[:count].tolist(), strict=True)))
 
 
+@functools.cache
+def _warn_of_logits() -> None:
+    """Say once that logits are no distribution, so that the first token is taken."""
+    warn("logits are not finite: the model's weights are damaged, get them again; or a penalty is too near 0")
+
+
 def choose(candidates: Candidates, params: SamplingParams, rng_value: float) -> int | None:
     """Return the chosen token, or None if the candidates do not cover what decides it.
 
@@ -50,8 +58,10 @@ def choose(candidates: Candidates, params: SamplingParams, rng_value: float) -> 
     that it is the same from few candidates or from the whole vocabulary.
     """
     ids, scaled = candidates.ids, candidates.logits
-    # Logits that are no numbers, of a damaged model or of penalties near 0, are no distribution: the first is taken.
-    if params.temperature == 0 or not (np.isfinite(scaled[0]) and np.isfinite(candidates.log_sum)):
+    is_finite = np.isfinite(scaled[0]) and (params.temperature == 0 or np.isfinite(candidates.log_sum))
+    if not is_finite:
+        _warn_of_logits()
+    if params.temperature == 0 or not is_finite:
         return int(ids[0])
     scaled, total = scaled / params.temperature, candidates.log_sum
     complete = candidates.floor == -np.inf  # nothing that could be chosen is missing from the list

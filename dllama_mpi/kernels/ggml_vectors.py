@@ -34,6 +34,23 @@ def put_word(typingctx, word, address):
     return types.void(types.uint32, types.int64), codegen
 
 
+@intrinsic
+def join_nibbles(typingctx, source, shift, target):
+    """Store the nibbles `shift` bits up in 32 bytes, byte k's with byte 16 + k's above it, as words 64 bytes apart."""
+
+    def codegen(context, builder, signature, args):
+        e, b = EmitterHere(builder), builder
+        source, shift, target = args
+        low, high = (_bits(e, b.add(source, I64(at)), shift, I64(15)) for at in (0, 16))
+        joined = b.or_(low, b.shl(high, e.splat(I8(4), 16)))
+        words = b.bitcast(joined, vector(I32, 4))
+        for j in range(4):
+            e.store(b.extract_element(words, I32(j)), b.add(target, I64(64 * j)), 1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), codegen
+
+
 def _bits(e, place, shift, mask):
     """Return 16 bytes at an address, shifted to the right and masked."""
     b = e.b

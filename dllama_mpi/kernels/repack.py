@@ -24,7 +24,7 @@ from .ggml import (
     step_and_minimum,
     step_of_iq4_xs,
 )
-from .ggml_vectors import pack_q80_row, put_word, word_at
+from .ggml_vectors import join_nibbles, pack_q80_row, put_word, word_at
 from .layout import BLOCK, Q4M, Q80, ROWS, UNIT, TileFormat, ceil_div, ceil_to
 from .matrix import call_kernel
 from .parallel import run_parallel
@@ -134,10 +134,7 @@ def _keep_nibbles(kind, raw, block, tile, r):
         _copy_words(raw, 20 * block + 4, tile, r, 4)
         return
     source = address(raw) + 144 * (block // 8) + 16 + 32 * (block % 8 // 2)
-    target, shift, mask = address(tile) + 2 * ROWS + 4 * r, np.uint32(4 * (block % 2)), np.uint32(0x0F0F0F0F)
-    for j in range(4):
-        low, high = word_at(source + 4 * j) >> shift & mask, word_at(source + 16 + 4 * j) >> shift & mask
-        put_word(np.uint32(low | high << np.uint32(4)), target + 64 * j)
+    join_nibbles(source, 4 * (block % 2), address(tile) + 2 * ROWS + 4 * r)
 
 
 # ---- rows of tiles

@@ -113,7 +113,8 @@ class Avx2(ByteShuffle):
     offsets: ClassVar = {SMALL: 16}
 
     def dot_shape(self, tokens: int, most: int) -> tuple[int, int]:
-        return 8, min(tokens, 2 if most == BYTES else 4)
+        # One token takes all rows at once: in two goes over a row of tiles the memory would rest during the second.
+        return (16, 1) if tokens == 1 else (8, min(tokens, 2 if most == BYTES else 4))
 
     def block_dots(self, codes: Codes, most: int, xs: list[ir.Value], totals: list[ir.Value]) -> list[ir.Value]:
         if most != BYTES:
@@ -123,9 +124,7 @@ class Avx2(ByteShuffle):
         rows = totals[0].type.count
         for quad, weights in codes:  # w * x = |w| * (x with the sign of w)
             size = self.size(weights)
-            signed = [
-                self.call("llvm.x86.avx2.psign.b", weights.type, self.columns(x, quad, rows), weights) for x in xs
-            ]
+            signed = [self.with_sign(self.columns(x, quad, rows), weights) for x in xs]
             totals = [self.dot4(total, size, x) for total, x in zip(totals, signed, strict=True)]
         return totals
 
@@ -153,6 +152,14 @@ class Avx2(ByteShuffle):
         shifts = [self.add_products(b.bitcast(offset, pairs), m) for offset in offsets]
         totals = [b.add(self.add_products(two, s), shift) for two, shift in zip(sums, shifts, strict=True)]
         return [b.sitofp(total, vector(F32, rows)) for total in totals]
+
+    def with_sign(self, values: ir.Value, signs: ir.Value) -> ir.Value:
+        """Return signed bytes, negated where others are negative, 0 where they are 0."""
+
+        def native(values: ir.Value, signs: ir.Value) -> ir.Value:
+            return self.call("llvm.x86.avx2.psign.b", values.type, values, signs)
+
+        return self.by_parts(values.type.count // 32, native, values, signs)
 
     def size(self, codes: ir.Value) -> ir.Value:
         """Return the sizes of signed bytes, as unsigned ones."""

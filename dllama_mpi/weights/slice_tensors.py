@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import ModelError
 from ..kernels.layout import TileFormat, aligned_empty, ceil_div
+from .arena import WEIGHTS
 from .files import Ranges
 from .source import Tensor
 
@@ -82,7 +83,7 @@ class SliceTensor(Tensor):
         scales = np.zeros(0, np.float32) if self.row_scales is None else self.row_scales
         arrays = [self.data, *([] if self.row_scales is None else [self.row_scales])]
         if self.checksums is not None:
-            copies = [aligned_empty(array.shape, array.dtype.type) for array in arrays]
+            copies = [WEIGHTS.empty(arrays[0].shape), *(aligned_empty(a.shape, a.dtype.type) for a in arrays[1:])]
             for copy, array in zip(copies, arrays, strict=True):
                 copy[...] = array
             arrays = copies

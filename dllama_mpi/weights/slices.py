@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import ModelError
-from ..kernels.layout import TileFormat, aligned_empty, ceil_div
+from ..kernels.layout import TileFormat, ceil_div
+from .arena import WEIGHTS
 from .checkpoint import (
     LAYOUT,
     LAYOUT_KEY,
@@ -265,7 +266,7 @@ class SliceInMemory:
         self.folder = Path(manifest.model)
         self.formats: Mapping[str, TileFormat] = manifest.formats
         self._lineage, self._parts, self._table = manifest.lineage, parts, manifest.table
-        self._held = {entry.name: (entry, aligned_empty((entry.size,))) for entry in file.entries}
+        self._held = {entry.name: (entry, WEIGHTS.empty((entry.size,))) for entry in file.entries}
 
     def write(self, entry: Entry, start: int, data: np.ndarray) -> None:
         """Take bytes (n,) uint8 of an entry, from byte `start` on."""

@@ -10,6 +10,7 @@ from ..errors import ModelError
 from ..kernels.layout import BLOCK, ROWS, TileFormat, aligned_empty, ceil_div, ceil_to
 from ..kernels.matmul import described
 from ..kernels.quantize import NO_SCALES, pack_tiles, unpack_tiles, update_row_scales
+from .arena import WEIGHTS
 from .source import Range, Tensor, TileTensor
 
 _CODES = ("U8", "U32", "I8", "I32", "I64", "F8_E4M3", "F8_E5M2", "F8_E8M0")  # types of elements that are no weights
@@ -68,7 +69,7 @@ def empty_matrix(fmt: TileFormat, sizes: tuple[int, ...]) -> TileMatrix:
     shape = fmt.shape(rows, cols)
     scales = aligned_empty((count, ROWS * shape[0] if fmt.has_row_scales else 0), np.float32)
     scales[...] = 0  # of a matrix without columns they are multiplied with its products all the same
-    return TileMatrix(aligned_empty((count, *shape)), scales, rows, cols, fmt)
+    return TileMatrix(WEIGHTS.empty((count, *shape)), scales, rows, cols, fmt)
 
 
 def check_shape(tensor: Tensor, shape: tuple[int, ...]) -> None:

@@ -82,6 +82,7 @@ def test_json(ranks: int, model: list[str]) -> None:
     assert "\r" not in done.stderr  # no terminal, no progress
 
 
+@pytest.mark.slow
 def test_csv_has_the_same_columns() -> None:
     out = pool(2).run([*BENCH, "--random", "tiny", "-p", "8", "-n", "2", "-o", "csv"]).stdout
     rows = list(csv.DictReader(io.StringIO(out)))
@@ -93,6 +94,7 @@ def test_csv_has_the_same_columns() -> None:
     assert rows[0]["share_of_limit"] == ""
 
 
+@pytest.mark.slow
 def test_markdown_is_one_table() -> None:
     options = ["-p", "8", "-n", "2", "--weights", "q80", "--buffer-float-type", "q80"]
     out = pool(2).run([*BENCH, "--random", "tiny", *options]).stdout

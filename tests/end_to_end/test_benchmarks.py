@@ -24,3 +24,11 @@ def test_help(script: Path) -> None:
 def test_libraries_are_no_scripts() -> None:
     for name in LIBRARIES:
         assert "__main__" not in (ROOT / "benchmarks" / name).read_text()
+
+
+@pytest.mark.slow
+def test_kernels() -> None:
+    sizes = "--shape 64x64 --formats q40 --tokens 1 --heads 2x1x32 --depths 64 --attention-tokens 1 --kv-types f16"
+    done = pool(1).run([str(ROOT / "benchmarks" / "kernels.py"), *sizes.split(), "--nthreads", "1"])
+    assert "matmul q40" in done.stdout
+    assert "attention f16 at 64" in done.stdout

@@ -19,7 +19,7 @@ KEYS = {
 COST = {"tokens_per_second", "ms", "weights_ms", "attention_ms", "synchronisation_ms", "overhead_ms"}
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [slow(1), 2])
 def test_json(ranks: int) -> None:
     model = ["--random", {1: "tiny-sparse", 2: "tiny", 3: "tiny-state"}[ranks]]
     done = pool(ranks).run([*PLAN, *model, "-o", "json"])

@@ -94,7 +94,7 @@ def try_all(server: Server, path: str, method: str, mode: str, examples: int) ->
     run()
 
 
-@pytest.mark.parametrize(("examples"), [6, slow(12)])
+@pytest.mark.parametrize(("examples"), [3, slow(12)])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("path", "method"), [each for each in OPERATIONS if each[1] == "post"])
 def test_bodies(server: Server, path: str, method: str, mode: str, examples: int) -> None:

@@ -127,7 +127,8 @@ def test_other_routes_while_it_restarts() -> None:
         assert server.process.wait(END_SECONDS) == 0, server.log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_the_job(number: int) -> None:
     launch = shlex.join([launcher(), *launcher_options(), "-n", "2"])
     with supervised("--restart", "2", "--launch", launch, "--nthreads", "1") as server:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,7 @@ def prompts(case: Case) -> list[list[int]]:
     return [reference] + [rng.integers(0, words, n).tolist() for n in (1, 3, 9, 20, 30)]
 
 
-@every_case
-@pytest.mark.parametrize("chunk", [256, 7])
+@pytest.mark.parametrize(("name", "chunk"), all_but(product(QUICK_FAMILIES, (7,)), product(FAMILY_CASES, (256, 7))))
 def test_the_references(name: str, chunk: int, load: Load) -> None:
     """Logits of all tokens, and greedy tokens alone and among other sequences."""
     case = FAMILY_CASES[name]

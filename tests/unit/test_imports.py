@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -68,6 +69,7 @@ def imported(source: str, module: str, is_package: bool, known: set[str]) -> set
     return found
 
 
+@functools.cache
 def imports_of(module: str) -> set[str]:
     """Return what a module of the package imports."""
     path = MODULES[module]

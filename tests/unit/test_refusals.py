@@ -63,7 +63,7 @@ def test_all_families_are_tried() -> None:
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"layer_types": ["chunked_attention"] * 3}, "layer_types has"),
         ({"rope_scaling": {"rope_type": "other", "factor": 2}}, "rope scaling 'other' is not supported"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "weights quantised by 'fp8' cannot be read"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "weights quantised by 'hqq' cannot be read"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0; it must be above 0"),
         ({"attention_sink_bias": True}, "attention_sink_bias (True) is not known for"),
         ({"n_hash_layers": 2}, "n_hash_layers (2) is not known for"),

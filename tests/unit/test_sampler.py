@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dllama_mpi.engine import sampler
 from dllama_mpi.engine.candidates import Candidates, local_best, merge, penalise, whole
 from dllama_mpi.engine.request import SamplingParams
 from dllama_mpi.engine.sampler import WANTED, choose, wanted
@@ -306,3 +307,14 @@ def test_parameters_at_their_limits() -> None:
     SamplingParams(temperature=0, top_k=0, top_p=1e-9, min_p=0, max_tokens=0, seed=0)
     SamplingParams(temperature=100, top_p=1, min_p=1, presence_penalty=100, frequency_penalty=-100)
     assert SamplingParams(stop="END").stop == ("END",)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_no_numbers(bad: float, temperature: float, capsys: pytest.CaptureFixture[str]) -> None:
+    sampler._warn_of_logits.cache_clear()
+    found = Candidates(np.array([7, 3]), np.array([bad, bad]), -math.inf, bad if temperature else -math.inf)
+    for _ in range(2):
+        assert choose(found, SamplingParams(temperature=temperature), 0.5) == 7
+    said = capsys.readouterr().err
+    assert said.count("warning: logits are not finite") == 1

@@ -126,7 +126,8 @@ def test_memory_held_while_a_matrix_is_read(dtype: str, tmp_path: Path, monkeypa
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert got.tiles.nbytes < peak < got.tiles.nbytes + (1 << 16) + (1 << 16)
+    assert (1 << 16) <= peak < (1 << 16) + (1 << 16)  # beside the tiles, which lie in the arena
+    assert got.tiles.nbytes > 2 << 16
 
 
 @pytest.mark.parametrize("shape", [(51, 95), (50, 96), (96, 51), (51, 96, 1), (51,)], ids=str)
