@@ -16,6 +16,7 @@ from . import (
     cache,
     chat,
     convert,
+    doctor,
     download,
     export,
     generate,
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Any] = {
     "bench": bench,
     "info": info,
     "plan": plan,
+    "doctor": doctor,
     "cache": cache,
 }
 

@@ -18,7 +18,7 @@ ROOT = Path(dllama_mpi.__file__).parent
 PACKAGE = ROOT.name
 LEVELS = (
     ("cli",),
-    ("server", "planning"),
+    ("server", "planning", "doctor"),
     ("engine",),
     ("startup",),
     ("architectures",),
