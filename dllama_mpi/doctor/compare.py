@@ -12,8 +12,15 @@ from .reach import Answer
 
 
 def seen_of(answers: Sequence[Answer]) -> list[Seen]:
-    """Return the hosts that have answered."""
-    return [Seen(a.host.name, a.host.ranks, a.report) for a in answers if a.report is not None]
+    """Return the hosts that have answered. Of the others one line is told: that their names resolve nowhere is not."""
+    lost = {a.host.name.rpartition("@")[2] for a in answers if a.report is None}
+    found = []
+    for answer in answers:
+        if answer.report is not None:
+            resolves = answer.report.get("resolves") or {}
+            known = {name: address for name, address in resolves.items() if name not in lost}
+            found.append(Seen(answer.host.name, answer.host.ranks, {**answer.report, "resolves": known}))
+    return found
 
 
 def findings(answers: Sequence[Answer]) -> list[Finding]:
