@@ -102,7 +102,7 @@ def _machine(host: Seen) -> dict[str, str | None]:
         "GB free": _gigabytes(host, "free", "total"),
         "swap free": _gigabytes(host, "swap_free", "swap"),
         "huge pages": host.get("huge_pages"),
-        "°C": _said(degrees, "{:.0f}"),
+        "temp C": _said(degrees, "{:.0f}"),
         "throttled": None if bits is None else f"0x{bits:x}",
     }
 

@@ -103,7 +103,7 @@ def heat(host: Seen, first: Seen) -> Iterator[Finding]:
     """Heat, and a supply that is too weak."""
     degrees, bits = host.get("temperature"), host.get("throttled") or 0
     if degrees is not None and degrees >= _HOT:
-        yield advice(host, f"{degrees:.0f} °C", "cool it: a fan or heat sink")
+        yield advice(host, f"{degrees:.0f} degrees Celsius", "cool it: a fan or heat sink")
     now = [name for bit, name in _THROTTLED if bits >> bit & 1]
     before = [name for bit, name in _THROTTLED if bits >> bit + 16 & 1 and name not in now]
     said = [", ".join(now) + " now"] * bool(now) + [", ".join(before) + " since its start"] * bool(before)

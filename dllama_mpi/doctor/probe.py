@@ -345,7 +345,6 @@ def link(asked: dict[str, Any], addresses: dict[str, str | None]) -> dict[str, A
         "mbit": speed if speed is not None and speed > 0 else None,
         "duplex": _read(folder + "/duplex"),
         "is_wifi": os.path.exists(folder + "/wireless") or os.path.exists(folder + "/phy80211"),
-        "is_virtual": os.path.realpath(folder).startswith("/sys/devices/virtual/"),
     }
 
 

@@ -92,7 +92,7 @@ def libraries(host: Seen, first: Seen) -> Iterator[Finding]:
             yield error(host, f"{name} {found}, {least} is needed", install)
         elif found == wanted or wanted is None:
             continue
-        elif name == "numpy" and numbers(found)[0] != numbers(wanted)[0]:
+        elif name == "numpy" and numbers(found)[:1] != numbers(wanted)[:1]:
             what = f"numpy {found}, {first.name} has {wanted}, and numpy 1 cannot read arrays that numpy 2 sends"
             yield error(host, what, install)
         elif name != "llvmlite" or own.get("numba") == other.get("numba"):
@@ -109,7 +109,7 @@ def mpi(host: Seen, first: Seen) -> Iterator[Finding]:
         return
     if other is None or other["kind"] is None or host is first:
         return
-    own_name, other_name = f"{own['kind']} {own['version']}", f"{other['kind']} {other['version']}"
+    own_name, other_name = (f"{each['kind']} {each['version'] or 'of no known version'}" for each in (own, other))
     what = f"{own_name} ({own['mpiexec']}), {first.name} has {other_name}"
     package = other["packages"].get(extra)
     mend = f"{host.pip} {extra}=={package}" if package else f"install {other_name}, as on {first.name}"

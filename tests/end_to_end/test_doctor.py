@@ -47,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield Server(folder)
 
 
-# The first value that fits a name counts, but of keys all do. 127.0.0.2 is this host, too, but not by a name that needs no ssh.
+# The first value that fits a name counts, but of keys all do. 127.0.0.2 is this host, too, by a name that needs ssh.
 _CONFIG = """\
 Host stranger
   UserKnownHostsFile /dev/null

@@ -20,7 +20,7 @@ from dllama_mpi.kernels import runtime
 
 PIP = "on pi2 run /env/bin/python -m pip install"
 CLOCKS = {"now": 1500.0, "allowed": 2400.0, "most": 2400.0, "governors": ["performance"], "driver": "cpufreq-dt"}
-LINK = {"interface": "eth0", "mbit": 1000, "duplex": "full", "is_wifi": False, "is_virtual": False}
+LINK = {"interface": "eth0", "mbit": 1000, "duplex": "full", "is_wifi": False}
 CACHE = {"path": "/home/me/.cache/dllama_mpi", "free": 50e9, "is_writable": True}
 MEMORY = {"total": 8e9, "free": 6e9, "swap": 2e9, "swap_free": 2e9}
 GOVERNOR = "echo performance | sudo tee /sys/devices/system/cpu/cpu*/cpufreq/scaling_governor"
@@ -152,7 +152,7 @@ CASES: list[tuple[dict[str, Any], dict[str, Any], list[str]]] = [
     ({}, {"caches": {"kernels": {**CACHE, "path": "/k", "free": 1e9}}}, [
         "advice: pi2: 1.00 GB free for /k: make room, or on pi2 run /env/bin/python -m dllama_mpi cache clear"
     ]),
-    ({}, {"temperature": 84.6}, ["advice: pi2: 85 °C: cool it: a fan or heat sink"]),
+    ({}, {"temperature": 84.6}, ["advice: pi2: 85 degrees Celsius: cool it: a fan or heat sink"]),
     ({}, {"throttled": 0x50005}, [
         "advice: pi2: undervoltage, throttled now: use the maker's power supply and a short cable"
     ]),
