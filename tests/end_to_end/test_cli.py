@@ -213,3 +213,15 @@ def test_ctrl_c_ends_an_answer_not_the_chat(ranks: int) -> None:
     typist.until("/quit leaves")
     typist.type("/quit\n")
     assert typist.status() == 0
+
+
+def test_a_terminal_is_set_from_the_background() -> None:
+    inner = (
+        "import os, termios; from dllama_mpi.cli.terminal import _set; "
+        "device = os.open('/dev/tty', os.O_RDWR | os.O_NOCTTY); _set(device, termios.tcgetattr(device)); print('set')"
+    )
+    # In a process group of its own, as Open MPI's ranks are: there it would be stopped.
+    outer = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}], preexec_fn=os.setpgrp, "
+    typist = Typist([sys.executable, "-c", outer + "timeout=60, check=True)"])
+    assert typist.status() == 0, typist.seen
+    assert "set" in typist.seen

@@ -94,6 +94,8 @@ def test_nobody_outlives_the_launcher(number: int) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_an_answer_not_the_chat() -> None:
+    if "HYDRA" not in launcher_version():
+        pytest.skip("Open MPI's mpirun passes on whole lines, so that no prompt is seen")
     typist = Typist([*LAUNCH, "-n", "2", "--", *CHAT])
     typist.until("\n> ")
     for _ in range(2):  # mpiexec itself would end the job at the second
