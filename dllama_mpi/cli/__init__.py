@@ -21,6 +21,7 @@ from . import (
     export,
     generate,
     info,
+    launch,
     perplexity,
     plan,
     remove,
@@ -31,6 +32,7 @@ COMMANDS: dict[str, Any] = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "launch": launch,
     "batch": batch,
     "convert": convert,
     "export": export,
@@ -82,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] not in (*COMMANDS, "-h", "--help", "--version"):
         given.insert(0, "generate")
     args = parser().parse_args(given)
-    args.given = given
+    args.given, args.commands = given, tuple(COMMANDS)
     try:
         return int(args.run(args) or 0)
     except DllamaError as error:

@@ -18,6 +18,7 @@ ROOT = Path(dllama_mpi.__file__).parent
 PACKAGE = ROOT.name
 LEVELS = (
     ("cli",),
+    ("batch",),
     ("server", "planning", "doctor"),
     ("engine",),
     ("startup",),
