@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     from ..startup.exporting import Export
     from ..startup.finding import find_model
     from ..startup.opening import open_model
-    from ..weights.gguf_write import told
+    from ..weights.partial import told
 
     group, started = connect(), time.perf_counter()
     args = group.broadcast(args)
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     with group.together():
         _check(destination)
     folder = find_model(args.source, group)
-    with together_at_rest(group), told(destination):
+    with together_at_rest(group), told(destination, "exporting", "file"):
         if group.is_root:
             export = Export(open_model(str(folder)), args.type, not args.without_tokenizer)
             if said := export.requantised():

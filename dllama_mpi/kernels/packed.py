@@ -239,41 +239,6 @@ def _groups_of(groups, block):
     return found[:1]
 
 
-@inner
-def _values_share(layout, raw, index, first, groups, width, heads, table, out, tiles, buffers, bad, thread, threads):
-    kind, bits, _ = layout
-    steps, zeros = heads
-    words, values, wrong = buffers[0][thread], buffers[1][thread], np.int64(0)
-    count = -(-index.size // ROWS)
-    begin, end = count * thread // threads, count * (thread + 1) // threads
-    for strip in range(begin, end, _STRIP):
-        for block in range(groups.size // BLOCK):
-            theirs, most = _groups_of(groups, block), min(BLOCK, width - BLOCK * block)
-            for t in range(strip, min(strip + _STRIP, end)):
-                rows = index[ROWS * t : ROWS * t + ROWS]
-                _gather(kind, bits, raw, rows, first + block, words)
-                for r in range(rows.size):
-                    row = ROWS * t + r
-                    _decode(bits, words, r, theirs, zeros[row], steps[row], table, values)
-                    if tiles.size > 0:
-                        values[most:] = 0
-                        wrong += count_bad(values)
-                        pack_q80_row(address(values), address(tiles[t, block]), np.int64(r))
-                    else:
-                        wrong += count_bad(values[:most])
-                        out[row, BLOCK * block : BLOCK * block + most] = values[:most]
-    bad[thread] = wrong
-
-
-@entry
-def _values(layout, raw, index, first, groups, width, heads, table, out, tiles, buffers, bad):
-    run_parallel(
-        _values_share,
-        (layout, raw, index, first, groups, width, heads, table, out, tiles, buffers, bad),
-        np.int64(bad.size),
-    )
-
-
 class Values(NamedTuple):
     """What codes stand for: step * (table[code] - zero).
 
@@ -286,6 +251,46 @@ class Values(NamedTuple):
     steps: np.ndarray
     zeros: np.ndarray
     table: np.ndarray
+
+
+class _Codes(NamedTuple):
+    """Rows of codes, from a block of columns on; see `Layout` and `keep_codes`."""
+
+    kind: int
+    bits: int
+    raw: np.ndarray
+    index: np.ndarray
+    first: int
+
+
+@inner
+def _values_share(codes, given, width, out, tiles, buffers, bad, thread, threads):
+    index, groups, bits = codes.index, given.groups, codes.bits
+    words, values, wrong = buffers[0][thread], buffers[1][thread], np.int64(0)
+    count = -(-index.size // ROWS)
+    begin, end = count * thread // threads, count * (thread + 1) // threads
+    for strip in range(begin, end, _STRIP):
+        for block in range(groups.size // BLOCK):
+            theirs, most = _groups_of(groups, block), min(BLOCK, width - BLOCK * block)
+            for t in range(strip, min(strip + _STRIP, end)):
+                rows = index[ROWS * t : ROWS * t + ROWS]
+                _gather(codes.kind, bits, codes.raw, rows, codes.first + block, words)
+                for r in range(rows.size):
+                    row = ROWS * t + r
+                    _decode(bits, words, r, theirs, given.zeros[row], given.steps[row], given.table, values)
+                    if tiles.size > 0:
+                        values[most:] = 0
+                        wrong += count_bad(values)
+                        pack_q80_row(address(values), address(tiles[t, block]), np.int64(r))
+                    else:
+                        wrong += count_bad(values[:most])
+                        out[row, BLOCK * block : BLOCK * block + most] = values[:most]
+    bad[thread] = wrong
+
+
+@entry
+def _values(codes, given, width, out, tiles, buffers, bad):
+    run_parallel(_values_share, (codes, given, width, out, tiles, buffers, bad), np.int64(bad.size))
 
 
 _NO_ROWS, _NO_TILES = np.zeros((0, 0), np.float32), np.zeros((0, 0, 0), np.uint8)
@@ -320,8 +325,9 @@ def _write(
 ) -> int:
     bad = np.zeros(numba.get_num_threads(), np.int64)
     buffers = np.empty((bad.size, layout.bits, ROWS), np.uint32), np.empty((bad.size, BLOCK), np.float32)
-    groups = np.pad(given.groups, (0, -len(given.groups) % BLOCK), mode="edge" if len(given.groups) else "constant")
     if out.size or tiles.size:
-        width, heads = np.int64(len(given.groups)), (given.steps, given.zeros)
-        _values(tuple(layout), raw, index, first, groups, width, heads, given.table, out, tiles, buffers, bad)
+        width = np.int64(len(given.groups))
+        groups = np.pad(given.groups, (0, -len(given.groups) % BLOCK), mode="edge" if width else "constant")
+        codes = _Codes(layout.kind, layout.bits, raw, index, first)
+        _values(codes, given._replace(groups=groups), width, out, tiles, buffers, bad)
     return int(bad.sum())

@@ -80,18 +80,6 @@ def write_header(path: Path, arch: str, keys: Mapping[str, Any], slots: Iterable
         writer.close()
 
 
-@contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into one line."""
-    try:
-        yield
-    except OSError as error:
-        where = "" if error.filename is None else f" ({error.filename})"
-        raise UsageError(
-            f"exporting to {path} failed: {error.strerror or error}{where}; mend that, or give another file"
-        ) from None
-
-
 class GgufOut:
     """A GGUF file that is written as DST.partial and gets its name when it is whole.
 

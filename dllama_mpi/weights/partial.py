@@ -33,14 +33,18 @@ _SECONDS_TO_APPEAR = 3.0  # a shared folder may show other hosts a new file a li
 
 
 @contextlib.contextmanager
-def told(folder: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into one line."""
+def told(path: Path, doing: str = "converting", what: str = "folder") -> Iterator[None]:
+    """Turn what the operating system refuses into one line; doing: what is done to the path, which is a `what`.
+
+    Raises:
+        UsageError: that line.
+    """
     try:
         yield
     except OSError as error:
         where = "" if error.filename is None else f" ({error.filename})"
         raise UsageError(
-            f"converting to {folder} failed: {error.strerror or error}{where}; mend that, or give another folder"
+            f"{doing} to {path} failed: {error.strerror or error}{where}; mend that, or give another {what}"
         ) from None
 
 
