@@ -11,14 +11,17 @@ from .. import __version__
 from ..errors import DllamaError
 from ..parallel.launch import abandon, is_root_process, leave
 from . import (
+    batch,
     bench,
     cache,
     chat,
     convert,
+    doctor,
     download,
     export,
     generate,
     info,
+    launch,
     perplexity,
     plan,
     remove,
@@ -29,6 +32,8 @@ COMMANDS: dict[str, Any] = {
     "generate": generate,
     "chat": chat,
     "serve": serve,
+    "launch": launch,
+    "batch": batch,
     "convert": convert,
     "export": export,
     "download": download,
@@ -37,6 +42,7 @@ COMMANDS: dict[str, Any] = {
     "bench": bench,
     "info": info,
     "plan": plan,
+    "doctor": doctor,
     "cache": cache,
 }
 
@@ -78,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not given or given[0] not in (*COMMANDS, "-h", "--help", "--version"):
         given.insert(0, "generate")
     args = parser().parse_args(given)
-    args.given = given
+    args.given, args.commands = given, tuple(COMMANDS)
     try:
         return int(args.run(args) or 0)
     except DllamaError as error:

@@ -68,6 +68,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--drain-timeout", type=number(int, 0), default=30, metavar="SECONDS",
         help="how long running requests may go on when the server is told to end (default: 30)",
     )  # fmt: skip
+    add_answer_options(group)
+    _add_access_options(parser)
+    _add_restart_options(parser)
+    add_speculation_option(parser)
+    add_model_options(parser)
+    add_sampling_options(parser)
+
+
+def add_answer_options(group: argparse._ActionsContainer) -> None:
+    """Add how requests are read and answered."""
     group.add_argument(
         "--chat-template", metavar="NAME",
         help="llama2, llama3, deepseek3, chatml, mistral, zephyr, or a .jinja file (default: the model's)",
@@ -80,11 +90,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pooling", choices=("mean", "last"), default="mean",
         help="of which final hidden states embeddings are made: of all tokens, or of the last (default: mean)",
     )  # fmt: skip
-    _add_access_options(parser)
-    _add_restart_options(parser)
-    add_speculation_option(parser)
-    add_model_options(parser)
-    add_sampling_options(parser)
 
 
 def _add_access_options(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +153,7 @@ def _supervise(args: argparse.Namespace) -> int:
             f"--restart {args.restart} under {found[0]}: it has to start the ranks itself; say, under nothing, "
             f'python -m dllama_mpi serve --restart {args.restart} --launch "mpiexec -n {found[1]}", then the rest'
         )
-    with _extra():
+    with serve_extra():
         from ..server.supervisor import Supervisor
     try:
         launch = shlex.split(args.launch or "")
@@ -183,9 +188,9 @@ def _serve(args: argparse.Namespace) -> int:
     try:
         llm = load(args, group, args.max_batch, max_queue=args.max_queue, max_step_ms=args.max_step_ms, responsive=True)
         with group.together():
-            served = _served(args, llm) if group.is_root else None
+            served = served_of(args, llm) if group.is_root else None
         llm.warm_up()
-        _leave_to_root(group)
+        leave_signals_to_root(group)
         with llm.session() as leads:
             if leads:
                 assert server is not None
@@ -200,7 +205,7 @@ def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
-def _leave_to_root(group: TensorParallelGroup) -> None:
+def leave_signals_to_root(group: TensorParallelGroup) -> None:
     """Have workers ignore the signals that launchers send to every rank: the root ends them."""
     if not group.is_root:
         for each in (signal.SIGINT, signal.SIGTERM):
@@ -208,12 +213,12 @@ def _leave_to_root(group: TensorParallelGroup) -> None:
 
 
 @contextmanager
-def _extra() -> Iterator[None]:
+def serve_extra(command: str = "serve") -> Iterator[None]:
     """Say in a line that the extra is not installed."""
     try:
         yield
     except ImportError as error:
-        raise UsageError(f"serve needs {error.name}; pip install 'dllama-mpi[serve]'") from None
+        raise UsageError(f"{command} needs {error.name}; pip install 'dllama-mpi[serve]'") from None
 
 
 def _listen(args: argparse.Namespace) -> HttpServer:
@@ -222,7 +227,7 @@ def _listen(args: argparse.Namespace) -> HttpServer:
     Raises:
         UsageError: an option cannot be used, or the extra is not installed.
     """
-    with _extra():
+    with serve_extra():
         from ..server.run import HttpServer
     return HttpServer(_options(args))
 
@@ -236,7 +241,7 @@ def _linked(args: argparse.Namespace, server: HttpServer) -> Link | None:
 
 def _options(args: argparse.Namespace) -> ServeOptions:
     """Return how the server listens, and who may come in."""
-    with _extra():
+    with serve_extra():
         from ..server.gate import GateOptions, known_hosts
         from ..server.run import ServeOptions
     names = [*args.allow_host, *([args.host] if args.host else [])]
@@ -272,8 +277,8 @@ def _keys(args: argparse.Namespace) -> tuple[str, ...]:
     return tuple(key for key in keys if key)
 
 
-def _served(args: argparse.Namespace, llm: LLM) -> Served:
-    """Return the model as the server's routes see it."""
+def served_of(args: argparse.Namespace, llm: LLM) -> Served:
+    """Return the model as the server's routes see it; args: those of `add_answer_options` and of the model."""
     from ..server.parsing import style_of
     from ..server.served import Served
     from ..startup.finding import is_named

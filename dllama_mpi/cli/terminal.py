@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import os
 import select
+import signal
 import sys
 import termios
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class Terminal:
                 changed = termios.tcgetattr(device)
                 changed[3] &= ~termios.ISIG
                 changed[6][termios.VEOL] = _CTRL_C
-                termios.tcsetattr(device, termios.TCSANOW, changed)
+                _set(device, changed)
                 self._saved = (device, saved)
                 atexit.register(self._restore)
         return self
@@ -56,7 +57,7 @@ class Terminal:
             device, saved = self._saved
             self._saved = None
             with contextlib.suppress(OSError, termios.error):
-                termios.tcsetattr(device, termios.TCSANOW, saved)
+                _set(device, saved)
                 os.close(device)
 
     def read_line(self, prompt: str) -> str | None:
@@ -101,6 +102,15 @@ class Terminal:
         if _CTRL_C in self._pending:
             self._pending = self._pending.rpartition(_CTRL_C)[2]
             self._interrupt()
+
+
+def _set(device: int, attributes: list[Any]) -> None:
+    """Set a terminal's attributes, from the background, too: Open MPI's ranks are in mpirun's session."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})  # which would stop this process
+    try:
+        termios.tcsetattr(device, termios.TCSANOW, attributes)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _launcher_terminal() -> str | None:

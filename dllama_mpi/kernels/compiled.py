@@ -22,14 +22,23 @@ from numba.core.dispatcher import Dispatcher
 from numba.core.registry import CPUDispatcher
 from numba.extending import intrinsic
 
+from .turns import SharedCache, compilation
+
 _njit: Any = njit  # takes more options than its types tell
 
 
 class _Compiled(CPUDispatcher):
-    """A compiled function that, when it comes from the cache, tells its callers what it calls where it lies."""
+    """A compiled function that, when it comes from the cache, tells its callers what it calls where it lies.
+
+    One process of a host compiles it, see `turns`.
+    """
+
+    def enable_caching(self) -> None:
+        self._cache = SharedCache(self.py_func)
 
     def compile(self, sig: Any) -> Any:
-        found = super().compile(sig)
+        with compilation():
+            found = super().compile(sig)
         for one in self.overloads.values():  # Numba forgets this where it loads a function
             one.library._reload_init.update(one.reload_init)
         return found
@@ -52,6 +61,7 @@ def entry(function: Callable[..., Any]) -> Any:
     """Decorate a function that Python calls; it runs without the interpreter's lock."""
     made = _njit(cache=True, nogil=True, no_cfunc_wrapper=True)(function)
     made.__class__ = _Compiled
+    made.enable_caching()
     return made
 
 
@@ -61,6 +71,7 @@ def inner(function: Any = None, **options: Any) -> Any:
         return functools.partial(inner, **options)
     made = _njit(cache=True, nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)(function)
     made.__class__ = _Inner
+    made.enable_caching()
     return made
 
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import pty
 import re
-import select
-import signal
 import sys
 import time
 from pathlib import Path
@@ -16,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from dllama_mpi.architectures.registry import ARCHITECTURES
-from tests.mpi.launch import ROOT, environment, launcher, launcher_options, mpiexec, run
+from tests.mpi.launch import launcher, launcher_options, mpiexec, run
 from tests.mpi.pool import pool
+from tests.mpi.typist import Typist
 from tests.tiers import slow
 
 HELDOUT = "dllama_mpi/demo/heldout.txt"
@@ -201,43 +197,6 @@ def test_chat_through_a_pipe() -> None:
     assert len(long.stdout) > 20
 
 
-class Typist:
-    """A program on a pseudo-terminal, and what it wrote so far."""
-
-    def __init__(self, command: list[str]) -> None:
-        given = environment()
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.chdir(ROOT)
-            os.execvpe(command[0], command, given)
-        self.seen = ""
-
-    def until(self, text: str, timeout: float = 300) -> str:
-        """Read until `text` appears after what was read before; return what came."""
-        end, came = time.monotonic() + timeout, ""
-        while text not in came:
-            assert time.monotonic() < end, f"no {text!r} in {came!r}"
-            if select.select([self.fd], [], [], 0.1)[0]:
-                came += os.read(self.fd, 4096).decode(errors="replace")
-        self.seen += came
-        return came
-
-    def type(self, text: str) -> None:
-        os.write(self.fd, text.encode())
-
-    def status(self, timeout: float = 300) -> int:
-        end = time.monotonic() + timeout
-        while time.monotonic() < end:
-            if select.select([self.fd], [], [], 0.05)[0]:
-                with contextlib.suppress(OSError):  # the other side is closed
-                    self.seen += os.read(self.fd, 4096).decode(errors="replace")
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
-        os.kill(self.pid, signal.SIGKILL)
-        raise AssertionError(f"still running: {self.seen!r}")
-
-
 @pytest.mark.parametrize("ranks", [slow(0), 2])  # 0: without mpiexec
 def test_ctrl_c_ends_an_answer_not_the_chat(ranks: int) -> None:
     program = [sys.executable, "-m", "dllama_mpi", "chat", "--seed", "1", "--ignore-eos", "--max-seq-len", "100000"]
@@ -254,3 +213,15 @@ def test_ctrl_c_ends_an_answer_not_the_chat(ranks: int) -> None:
     typist.until("/quit leaves")
     typist.type("/quit\n")
     assert typist.status() == 0
+
+
+def test_a_terminal_is_set_from_the_background() -> None:
+    inner = (
+        "import os, termios; from dllama_mpi.cli.terminal import _set; "
+        "device = os.open('/dev/tty', os.O_RDWR | os.O_NOCTTY); _set(device, termios.tcgetattr(device)); print('set')"
+    )
+    # In a process group of its own, as Open MPI's ranks are: there it would be stopped.
+    outer = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}], preexec_fn=os.setpgrp, "
+    typist = Typist([sys.executable, "-c", outer + "timeout=60, check=True)"])
+    assert typist.status() == 0, typist.seen
+    assert "set" in typist.seen

@@ -88,7 +88,21 @@ def served(ranks: int, *options: str, env: dict[str, str] | None = None) -> Iter
 @contextmanager
 def supervised(*options: str) -> Iterator[Server]:
     """Run `dllama_mpi serve --restart N` on a free port, from the time when its first job listens."""
-    command = [sys.executable, "-m", "dllama_mpi", "serve", "--port", "0", *options]
+    with _supervised("serve", "--port", "0", *options) as server:
+        yield server
+
+
+@contextmanager
+def launched(ranks: int, restarts: int, *options: str) -> Iterator[Server]:
+    """Do the same by `dllama_mpi launch --restart N`."""
+    launch = ["launch", "--restart", str(restarts), "-n", str(ranks)]
+    with _supervised(*launch, "--", "serve", "--port", "0", *options) as server:
+        yield server
+
+
+@contextmanager
+def _supervised(*arguments: str) -> Iterator[Server]:
+    command = [sys.executable, "-m", "dllama_mpi", *arguments]
     with _running(command, re.compile(r"http://127.0.0.1:(?P<port>\d+)")) as server:
         yield server
 

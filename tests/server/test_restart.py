@@ -21,7 +21,7 @@ from dllama_mpi.server import supervisor
 from dllama_mpi.server.run import ServeOptions
 from tests.mpi.launch import ROOT, environment, launcher, launcher_options, run
 from tests.mpi.pool import pool
-from tests.server.running import END_SECONDS, START_SECONDS, Server, read_some, supervised
+from tests.server.running import END_SECONDS, START_SECONDS, Server, launched, read_some, supervised
 from tests.tiers import slow
 
 PROMPT = "This module provides"
@@ -110,6 +110,22 @@ def test_a_job_whose_rank_is_killed_comes_back_until_it_has_too_often(server: Se
     assert "after 2 restarts (--restart 2)" in server.log.read_text()
     with pytest.raises(httpx.TransportError):
         server.get("/health")
+
+
+@pytest.mark.slow
+def test_launch_restarts_as_serve_does() -> None:
+    launcher()
+    with launched(2, 1, "--nthreads", "1") as server:
+        until_ready(server)
+        assert len(ranks_of(server)) == 2
+        ranks_of(server)[1].kill()
+        while "restart 1 of 1" not in server.log.read_text():
+            assert server.process.poll() is None, server.log.read_text()
+            time.sleep(0.05)
+        until_ready(server)
+        assert len(ranks_of(server)) == 2
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(END_SECONDS) == 0, server.log.read_text()
 
 
 def test_other_routes_while_it_restarts() -> None:

@@ -37,3 +37,17 @@ def test_python_may_call_what_has_no_wrapper() -> None:
     numbers = np.arange(3.0)
     compiled_functions.middle(numbers, 2)
     np.testing.assert_array_equal(numbers, [2, 3, 4])
+
+
+def test_one_of_several_processes_compiles(tmp_path: Path) -> None:
+    """The others wait, and load what it has made."""
+    code = """
+import numpy as np
+from tests.unit.compiled_functions import third
+third(np.zeros(3), 7)
+print(sum(third.stats.cache_misses.values()), sum(third.stats.cache_hits.values()))
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    processes = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) for _ in range(3)]
+    assert sorted(process.communicate()[0] for process in processes) == [b"0 1\n", b"0 1\n", b"1 0\n"]

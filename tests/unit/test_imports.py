@@ -18,7 +18,8 @@ ROOT = Path(dllama_mpi.__file__).parent
 PACKAGE = ROOT.name
 LEVELS = (
     ("cli",),
-    ("server", "planning"),
+    ("batch",),
+    ("server", "planning", "doctor"),
     ("engine",),
     ("startup",),
     ("architectures",),

@@ -1,0 +1,106 @@
+"""How far a batch is: a bar on a terminal, else a line every few seconds; and lines with the time in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from ..errors import UsageError
+from ..log import say
+
+_SECONDS = 10.0  # between two lines
+_RECENT = 6  # readings over which the speed is taken
+
+
+class Progress:
+    """Counts what is answered and generated.
+
+    Attributes:
+        answered: lines, those of earlier runs included. errors: of them. prompt, output: tokens of this run.
+    """
+
+    def __init__(self, total: int, answered: int, errors: int, log: Path | None) -> None:
+        """Begin.
+
+        Raises:
+            UsageError: the log cannot be written.
+        """
+        self.total, self.answered, self.errors = total, answered, errors
+        self.prompt = self.output = 0
+        self._began, self._before = time.monotonic(), answered
+        self._readings: deque[tuple[float, int, int]] = deque([(self._began, 0, answered)], _RECENT)
+        self._log: TextIO | None = None
+        if log is not None:
+            try:
+                self._log = log.open("a", encoding="utf-8")
+            except OSError as error:
+                raise UsageError(f"--log {log}: {error.strerror or error}") from None
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=total, initial=answered, desc="batch", unit="", file=sys.stderr, leave=False)
+        self._said = self._began
+
+    def add(self, lines: int, errors: int) -> None:
+        """Count answers that are on the disk."""
+        self.answered += lines
+        self.errors += errors
+        if self._bar is not None:
+            self._bar.update(lines)
+        self.tick()
+
+    def tick(self) -> None:
+        """Say how far it is, if it is time."""
+        now = time.monotonic()
+        if now - self._said < _SECONDS:
+            return
+        self._said = now
+        then, tokens, answered = self._readings[0]
+        self._readings.append((now, self.output, self.answered))
+        speed = (self.output - tokens) / (now - then)
+        rate = (self.answered - answered) / (now - then)
+        left = f", {_span((self.total - self.answered) / rate)} left" if rate else ""
+        line = f"batch: {self._counts()}, {speed:.1f} tokens/s{left}"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{speed:.1f} tokens/s")
+        else:
+            say(line)
+        self._write(line)
+
+    def _counts(self) -> str:
+        wrong = f" ({self.errors:,} error{'s' * (self.errors != 1)})" if self.errors else ""
+        return f"{self.answered:,} of {self.total:,} answered{wrong}"
+
+    def end(self, path: Path) -> None:
+        """Say what has been done."""
+        if self._bar is not None:
+            self._bar.close()
+        seconds = time.monotonic() - self._began
+        new = self.answered - self._before
+        earlier = f", {self._before:,} of them before" if self._before else ""
+        speed = f"{self.output / seconds:.1f} tokens/s, " if self.output else ""
+        line = (
+            f"{path}: {self._counts()}{earlier}; {new:,} in {seconds:.1f} s, {self.prompt:,} tokens read,"
+            f" {self.output:,} generated, {speed}"
+        ).rstrip(", ")
+        if self.answered < self.total:
+            line += "; give the same command again to go on"
+        say(line)
+        self._write(line)
+        if self._log is not None:
+            self._log.close()
+
+    def _write(self, line: str) -> None:
+        if self._log is not None:
+            print(time.strftime("%Y-%m-%dT%H:%M:%S%z"), line, file=self._log, flush=True)
+
+
+def _span(seconds: float) -> str:
+    """Return a time for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
