@@ -86,9 +86,10 @@ def _question(args: argparse.Namespace) -> Question:
     from ..planning.plan import Question
     from ..startup.finding import find_alone
     from ..startup.opening import open_shape
-    from ..startup.options import Kept
+    from ..startup.options import Kept, check_payload
 
     files = open_shape(str(find_alone(model_of(args), shape_alone=True)))
+    check_payload(args.buffer_float_type, files.config)
     return Question(
         config=files.config,
         kept=Kept.of(files.formats(args.weights), args.kv_type, args.buffer_float_type, args.sync),

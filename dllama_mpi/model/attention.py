@@ -15,6 +15,7 @@ from ..kernels.layout import BLOCK, ROWS
 from ..kernels.matrix import Activations
 from ..kernels.simd import address
 from ..parallel.collective.exchange import Ahead, finish_exchange, start_exchange
+from ..parallel.collective.link import EXACT
 from ..parallel.collective.payload import add_blocks
 from .linear import SideBySide, multiply, project
 
@@ -92,7 +93,7 @@ def _normalise_whole(w, layer, projected, tokens, exchange):
         first, last = w.k_start + w.k_first * dim, w.k_start + k_norm.size
         sums[BLOCK * t + 1] = _sum_of_squares(projected[t, first:last])
     source, total = np.zeros(4, np.int64), np.empty(BLOCK, np.float32)
-    start_exchange(exchange.link, address(sums), tokens, exchange.part, True, source, Ahead(0, 0))
+    start_exchange(exchange.link, address(sums), tokens, exchange.part, EXACT, source, Ahead(0, 0))
     finish_exchange(exchange.link, source)
     for t in range(tokens):
         for i in range(BLOCK):

@@ -279,5 +279,6 @@ def build_segment(weights: RankWeights, run: Run, config: ModelConfig, shard: Sh
         layers=len(run.layers),
         hidden=config.hidden_size,
         eps=float(config.norm_eps),
+        ends=run.layers[-1] == config.num_layers - 1,
         mixer_sums=isinstance(layer.mixer, AttentionConfig) and layer.mixer.qk_norm == "whole",
     )

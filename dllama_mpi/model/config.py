@@ -171,6 +171,13 @@ class ModelConfig:
         return len(self.attentions) < self.num_layers
 
     @property
+    def has_plain_residual(self) -> bool:
+        """Whether the outputs of all layers are added to the residual alike, none normalised before."""
+        return len({layer.residual_scale for layer in self.layers}) == 1 and not any(
+            layer.norm_after for layer in self.layers
+        )
+
+    @property
     def can_reuse(self) -> bool:
         """Whether what is remembered of a text serves another text that begins alike."""
         return all(rope.kind not in ("dynamic", "longrope") for rope in self.ropes)

@@ -20,7 +20,7 @@ from ..kernels.matrix import ADDRESS, STRIDE, TILE_ROWS
 from ..kernels.parallel import run_parallel
 from ..kernels.simd import address
 from ..parallel.collective.exchange import Ahead, finish_exchange, start_exchange
-from ..parallel.collective.link import PARTS
+from ..parallel.collective.link import LAST, PARTS, TERMS
 from ..parallel.collective.payload import add_blocks
 from .attention import Attention, Exchange, attend
 from .experts import Experts, mixture_of_experts
@@ -70,7 +70,8 @@ class Segment(NamedTuple):
     Attributes:
         mixer, feed: weights, see `mix` and `feed`. memory: what the mixers keep of past positions, see `mix`.
         mixer_norms, feed_norms: see `Norms`. layers: their number. hidden: size of the residual without padding.
-        eps: of the norms. mixer_sums: whether the mixer has an all-reduce of its own.
+        eps: of the norms. ends: whether they are the model's last. mixer_sums: whether the mixer has an all-reduce of
+        its own.
     """
 
     mixer: tuple
@@ -81,6 +82,7 @@ class Segment(NamedTuple):
     layers: int
     hidden: int
     eps: float
+    ends: bool
     mixer_sums: bool
 
 
@@ -310,7 +312,7 @@ def decoder_layers(segment, step, residual, scratch, terms, link, parts, turn, t
                 address(terms[own, a:b]),
                 (b - a) * terms.shape[2] // BLOCK,
                 p,
-                False,
+                TERMS,
                 sources[p],
                 _ahead(segment.feed, layer, threads),
             )
@@ -327,7 +329,7 @@ def decoder_layers(segment, step, residual, scratch, terms, link, parts, turn, t
                 address(terms[turn, a:b]),
                 (b - a) * terms.shape[2] // BLOCK,
                 p,
-                False,
+                LAST if segment.ends and layer == segment.layers - 1 else TERMS,
                 sources[p],
                 _ahead(segment.mixer, min(layer + 1, segment.layers - 1), threads),
             )

@@ -150,7 +150,7 @@ class TensorParallelGroup:
     def prepare_all_reduce(self, rows: int, width: int, payload: str | None, sync: str) -> np.ndarray:
         """Make ready for all-reduces of up to `rows` tokens x `width` values, and choose how they are done.
 
-        width: a multiple of 32. payload: "f32", "f16", "q80" or None, see `AllReduce`; sync: one of `SYNCS`.
+        width: a multiple of 32. payload: "f32", "f16", "q80", "q40" or None, see `AllReduce`; sync: one of `SYNCS`.
         Returns where compiled layers write the terms: (2, rows, width) float32 zeros.
 
         Raises:

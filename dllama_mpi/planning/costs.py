@@ -20,6 +20,7 @@ from ..model.buffers import memory_bytes
 from ..model.config import AttentionConfig, DeltaNetConfig, ModelConfig
 from ..model.recipe import tensor_bytes
 from ..model.tensors import HEAD, Kind, heads_axis, part, tensors, value_axis
+from ..parallel.collective.table import block_bytes
 from ..parallel.network import Network, interpolate
 from ..parallel.partition import Shard
 
@@ -256,9 +257,9 @@ class Cluster:
     all_reduces: AllReduces
 
 
-def payload_bytes(config: ModelConfig, tokens: int, block_bytes: int) -> int:
-    """Return the bytes of one all-reduce's payload; block_bytes: of 32 values on the wire."""
-    return ceil_div(tokens * config.hidden_size, BLOCK) * block_bytes
+def payload_bytes(config: ModelConfig, tokens: int, payload: str) -> int:
+    """Return the bytes of one all-reduce's payload; its name: see `parallel.collective.table`."""
+    return ceil_div(tokens * config.hidden_size, BLOCK) * block_bytes(payload, tokens)
 
 
 def slowest(costs: Sequence[Cost], exchanges: float) -> Cost:

@@ -10,7 +10,6 @@ from ..errors import ClusterError
 from ..kernels.layout import FORMATS
 from ..model.config import ModelConfig
 from ..model.recipe import WeightRecipe, bits_per_weight
-from ..parallel.collective.table import PAYLOADS
 from ..parallel.partition import AUTO, Shard, parse_split
 from ..startup.memory import fitting
 from ..startup.options import Kept
@@ -164,10 +163,10 @@ def _costs(question: Question, cluster: Cluster, parts: list[Shard]) -> tuple[Co
     """Return what a generated token and the whole prompt should take."""
     q, count, reduces = question, len(parts), cluster.all_reduces
     works = [work_of(q.config, part, q.kept.formats, q.kept.kv_type) for part in parts]
-    speeds, width = cluster.speeds[count - 1], PAYLOADS[q.kept.payload]
+    speeds = cluster.speeds[count - 1]
 
     def all_reduce(tokens: int) -> float:
-        return reduces.seconds(count, payload_bytes(q.config, tokens, width))
+        return reduces.seconds(count, payload_bytes(q.config, tokens, q.kept.payload))
 
     decode = decode_cost(works, speeds, (q.depth, q.generated), all_reduce(1))
     return decode, prefill_cost(works, speeds, chunks(q.depth, q.prompt, q.chunk), all_reduce, q.hidden)

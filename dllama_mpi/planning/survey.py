@@ -10,7 +10,6 @@ from typing import Any
 from ..kernels import runtime
 from ..kernels.probe import ReadProbe
 from ..model.tensors import axes
-from ..parallel.collective.table import PAYLOADS
 from ..parallel.group import TensorParallelGroup
 from ..parallel.network import Network, measure_links, wait_asleep
 from ..parallel.partition import Shard
@@ -46,10 +45,10 @@ def survey(group: TensorParallelGroup, job: Job, progress: Progress = iter) -> C
         lambda: _fewer(group, job),
     ]
     hosts, network, thin, (sample, decode, prefill, attention), fewer = [stage() for stage in progress(stages)]
-    c, width = job.config, PAYLOADS[job.kept.payload]
+    c, sent = job.config, job.kept.payload
     points = (
-        (float(payload_bytes(c, 1, width)), _each(decode.waiting - thin.root_step, sample.work)),
-        (float(payload_bytes(c, job.chunk, width)), _each(prefill.waiting - thin.root_chunk, sample.prompt_work)),
+        (float(payload_bytes(c, 1, sent)), _each(decode.waiting - thin.root_step, sample.work)),
+        (float(payload_bytes(c, job.chunk, sent)), _each(prefill.waiting - thin.root_chunk, sample.prompt_work)),
     )
     measured = AllReduces(network, group.size, points) if group.size > 1 else AllReduces(network)
     own = thin.speeds(sample, decode.compute[group.rank], prefill.compute[group.rank], attention)

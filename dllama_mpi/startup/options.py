@@ -26,8 +26,8 @@ class Options:
         model: a model directory, "demo" for the one that comes with the package, "random:SHAPE" for random weights of
             a shape in `model.shapes`, or a name, see `startup.finding`.
         weights: a recipe, see `model.recipe`; None: what a converted directory holds, else the default.
-        buffer_float_type: what activations are sent as between hosts: "f32", "f16" or "q80"; None: q80, which loses
-            nothing that can be measured.
+        buffer_float_type: what activations are sent as between hosts: "f32", "f16", "q80" or "q40"; None: q80, which
+            loses nothing that can be measured. q40: in steps of 32 tokens or more, see `parallel.collective.payload`.
         sync: how all-reduces are done, one of `SYNCS`; "auto": the fastest by measurement.
         nthreads: threads a rank; None: the cores it may use, divided by the ranks that share them.
         max_seq_len: positions of the KV cache; None: the model's, or what fits in memory.
@@ -109,6 +109,16 @@ class Options:
                 f"speculate lookup: {config.model_type} has layers whose state cannot go back behind a draft that was"
                 " wrong; leave --speculate off"
             )
+        check_payload(self.buffer_float_type, config)
+
+
+def check_payload(payload: str | None, config: ModelConfig) -> None:
+    """Raise a UsageError if activations cannot be sent in 4 bits: what they leave out must be made up for later."""
+    if payload == "q40" and not config.has_plain_residual:
+        raise UsageError(
+            f"buffer_float_type q40: {config.model_type} normalises or scales what each layer adds, so that 4 bits"
+            " would cost it several percent of perplexity; use q80"
+        )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from tests.mpi.pool import pool
 from tests.mpi.typist import Typist
 from tests.tiers import slow
 
+Q40 = ["--buffer-float-type", "q40"]
 HELDOUT = "dllama_mpi/demo/heldout.txt"
 GREEDY = ["-m", "dllama_mpi", "--prompt", "Return the", "--steps", "40", "--temperature", "0"]
 EXACT = [*GREEDY, "--weights", "f32", "--buffer-float-type", "f32"]  # else a tie may go the other way
@@ -114,6 +115,22 @@ def test_perplexity_by_weights() -> None:
     assert _perplexity(2, "--weights", "q80") == pytest.approx(plain, rel=5e-3)
     assert _perplexity(2, "--weights", "q40") == pytest.approx(plain, rel=5e-2)
     assert _perplexity(2, "--weights", "f32", "--buffer-float-type", "q80") == pytest.approx(plain, rel=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", ["direct", "scatter"])
+def test_perplexity_of_activations_in_four_bits(sync: str) -> None:
+    """As what a message leaves out goes with the next, they cost less than 0.3 %."""
+    sent = ["--weights", "f32", "--sync", sync, "--buffer-float-type"]
+    plain = _perplexity(3, *sent, "f32")
+    assert _perplexity(3, *sent, "q40") == pytest.approx(plain, rel=3e-3)
+
+
+def test_activations_in_four_bits_are_not_for_every_model() -> None:
+    done = pool(2).run(["-m", "dllama_mpi", "--model", "random:gemma3-4b:1", "--prompt", "x", *Q40], check=False)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: buffer_float_type q40: gemma3 normalises or scales what each layer adds")
 
 
 def test_convert_then_run(tmp_path: Path) -> None:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 from numba import njit
 
 from ...kernels.compiled import inner
+from ...kernels.layout import BLOCK
 from . import table
 from .intrinsics import call, load, store
-from .link import FLAG_BYTES
+from .link import EXACT, FLAG_BYTES, TERMS
 from .messages import await_value, finish_messages, receive, send
-from .payload import F32_BYTES, add_blocks, encode_blocks, sum_blocks
+from .payload import F32_BYTES, add_blocks, encode_blocks, encode_with_rest, rest_of_blocks, sum_blocks
 
 _SMALL = 8192  # bytes sent, below which a second hop costs more than it saves
 _SHARED, _DIRECT, _SCATTER = table.SHARED.number, table.DIRECT.number, table.SCATTER.number
@@ -35,7 +37,8 @@ class Peers(NamedTuple):
 class Terms(NamedTuple):
     """What is summed: so many blocks of float32 at an address, sent with so many bytes a block.
 
-    incoming: where payloads arrive. part: which of the parts in flight.
+    incoming: where payloads arrive. part: which of the parts in flight. rest: address of what was left out of the
+    terms before, see `payload`, or 0.
     """
 
     values: int
@@ -43,6 +46,7 @@ class Terms(NamedTuple):
     width: int
     incoming: int
     part: int
+    rest: int
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -65,7 +69,7 @@ def _direct(link, peers, terms, source):
     for k in range(1, count):
         peer = (me + count - k) % count
         receive(link, k - 1, incoming + peer * size, size, _rank(peers, peer))
-    encode_blocks(terms.values, mine, terms.blocks, terms.width)
+    encode_with_rest(terms.values, mine, terms.rest, terms.blocks, terms.width)
     for k in range(1, count):
         send(link, count + k - 2, mine, size, _rank(peers, (me + k) % count))
     finish_messages(link, 2 * (count - 1))
@@ -89,7 +93,7 @@ def _send_pieces(link, peers, terms, pieces):
         if size > 0:
             receive(link, requests, pieces + peer * size, size, _rank(peers, peer))
             requests += 1
-    encode_blocks(terms.values, link.outgoing, terms.blocks, width)
+    encode_with_rest(terms.values, link.outgoing, terms.rest, terms.blocks, width)
     for k in range(1, count):
         peer = (me + k) % count
         start, blocks = _piece(terms, peers, peer)
@@ -108,7 +112,12 @@ def _sum_pieces(link, peers, terms, pieces):
     for k in range(peers.count):
         piece = link.outgoing + start * width if k == peers.me else pieces + k * blocks * width
         add_blocks(link.total, piece, blocks, width)
-    encode_blocks(link.total, terms.incoming + start * width, blocks, width)
+    sums = terms.incoming + start * width
+    encode_blocks(link.total, sums, blocks, width)
+    if terms.rest != 0:
+        spare, at = terms.values, start * 4 * BLOCK  # the terms were sent
+        rest_of_blocks(link.total, sums, spare + at, blocks, width)
+        add_blocks(terms.rest + at, spare + at, blocks, F32_BYTES)
 
 
 @inner
@@ -214,7 +223,10 @@ def _two_level(link, terms, source):
         await_value(link, flags + FLAG_BYTES * k, number)
     for k in range(1, link.locals):  # nobody else reads this rank's values, so the sum may take their place
         add_blocks(terms.values, terms.values + k * link.slot_bytes, blocks, F32_BYTES)
-    peers, sums = Peers(link.leader_numbers, link.host, hosts), Terms(terms.values, blocks, width, incoming, terms.part)
+    peers, sums = (
+        Peers(link.leader_numbers, link.host, hosts),
+        Terms(terms.values, blocks, width, incoming, terms.part, terms.rest),
+    )
     if direct:
         _direct(link, peers, sums, source)
     else:
@@ -223,17 +235,23 @@ def _two_level(link, terms, source):
 
 
 @inner
-def exchange(link, algorithm, x, blocks, part, exact, source):
+def exchange(link, algorithm, x, blocks, part, how, source):
     """Exchange so many blocks of float32 values at address x with all ranks; fill in the source of their sum.
 
     algorithm: its number in the table. The rest: see `exchange.start_exchange`.
     """
     link.exchanges[part] += 1
-    width = F32_BYTES if exact else link.width
+    width, rest = np.int64(link.width), np.int64(0)
+    if how == EXACT:
+        width = F32_BYTES
+    elif link.coarse_width != 0 and blocks >= link.coarse_blocks:
+        if how == TERMS:
+            width = link.coarse_width
+        rest = link.rests + (x - link.slots - link.local * link.slot_bytes) % (link.slot_bytes // 2)
     peers = Peers(link.rank_numbers, link.rank, link.ranks)
-    terms = Terms(x, blocks, width, link.incoming + part * link.incoming_bytes, part)
+    terms = Terms(x, blocks, width, link.incoming + part * link.incoming_bytes, part, rest)
     if algorithm == _MPI or link.is_compiled == 0:
-        call(link.callback, (algorithm, x, blocks, exact))
+        call(link.callback, (algorithm, x, blocks, width, rest))
         set_source(source, x, 1, 0, F32_BYTES)
     elif algorithm == _SHARED:
         _shared(link, terms, source)

@@ -15,6 +15,7 @@ import numpy as np
 from ...kernels.layout import BLOCK, ceil_div
 from .choose import choose
 from .exchange import all_reduce
+from .link import EXACT, TERMS
 from .overlap import LEAST_ROWS, make_overlap
 from .table import ALGORITHMS, MPI
 from .transport import Transport
@@ -62,6 +63,7 @@ class AllReduce:
     @contextlib.contextmanager
     def exchanging(self, parts: np.ndarray) -> Iterator[None]:
         """Have the other thread carry out the exchanges within a block if there is more than one part."""
+        self.transport.buffers.rests[: parts[-1]] = 0
         if self._overlap is None or len(parts) == 2:
             yield
             return
@@ -75,9 +77,10 @@ class AllReduce:
         """
         count, blocks = array.size, ceil_div(array.size, BLOCK)
         flat, total = self.values[0].reshape(-1)[: blocks * BLOCK], np.empty(blocks * BLOCK, np.float32)
+        self.transport.buffers.rests[:] = 0
         self.transport.comm.Barrier()  # others may still be reading what stands in shared memory
         flat[:count], flat[count:] = array.reshape(-1), 0
-        all_reduce(self.link, flat.ctypes.data, blocks, exact, total.ctypes.data)
+        all_reduce(self.link, flat.ctypes.data, blocks, EXACT if exact else TERMS, total.ctypes.data)
         array.reshape(-1)[:] = total[:count]
 
     def take_counts(self) -> tuple[float, int, int]:

@@ -18,7 +18,7 @@ from ...kernels.compiled import entry
 from ...kernels.simd import address
 from .algorithms import exchange, set_source
 from .intrinsics import address_of, call, integers, load, store
-from .link import JOB, QUEUED, SIZES, job_at, link_at
+from .link import EXACT, JOB, QUEUED, SIZES, job_at, link_at
 from .messages import now
 from .payload import F32_BYTES, encode_blocks, sum_blocks
 
@@ -34,7 +34,7 @@ class Ahead(NamedTuple):
 
 
 @njit(cache=True, nogil=True, inline="always")
-def start_exchange(link, x, blocks, part, exact, source, ahead):
+def start_exchange(link, x, blocks, part, how, source, ahead):
     """Begin to sum so many blocks of 32 float32 at address x over all ranks.
 
     Every rank starts the same exchanges in the same order. Without another thread this one does all of it, now; with
@@ -42,13 +42,14 @@ def start_exchange(link, x, blocks, part, exact, source, ahead):
 
     link: a record, see `link`. x: in `AllReduce.values`, where its docstring says; the exchange may change what stands
     there. part: which of the parts of a step, 0 to PARTS - 1; each has memory of its own, so that its result stays
-    until its next exchange is started, and one exchange in flight. exact: send float32 whatever the payload is; then
-    at most as many blocks as the part has rows. source: (4,) int64, for `finish_exchange`. ahead: an `Ahead`.
+    until its next exchange is started, and one exchange in flight. how: TERMS, EXACT (send float32 whatever the payload
+    is; then at most as many blocks as the part has rows) or LAST of a step. source: (4,) int64, for `finish_exchange`.
+    ahead: an `Ahead`.
     """
     set_source(source, x, 1, 0, F32_BYTES)
     if link.ranks > 1:
         link.ahead, link.ahead_bytes = ahead.address, ahead.size
-        call(link.start, (address_of(link), x, blocks, part, np.int64(exact), address(source)))
+        call(link.start, (address_of(link), x, blocks, part, np.int64(how), address(source)))
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -59,9 +60,9 @@ def finish_exchange(link, source):
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _algorithm_for(link, blocks, exact):
+def _algorithm_for(link, blocks, how):
     """Return the number of the algorithm for a message of so many blocks."""
-    if exact != 0:  # as many blocks of payload as are as long
+    if how == EXACT:  # as many blocks of payload as are as long
         blocks = blocks * F32_BYTES // link.width
     size = 0
     while size < SIZES - 1 and blocks > link.most_blocks[size]:
@@ -69,17 +70,17 @@ def _algorithm_for(link, blocks, exact):
     return link.algorithms[size]
 
 
-def _start(link_address, x, blocks, part, exact, source_address):
+def _start(link_address, x, blocks, part, how, source_address):
     link = link_at(link_address)
     if link.overlaps == 0:
         begun = now(link)
         source = carray(integers(source_address), (4,))
-        exchange(link, _algorithm_for(link, blocks, exact), x, blocks, part, exact, source)
+        exchange(link, _algorithm_for(link, blocks, how), x, blocks, part, how, source)
         link.waited += now(link) - begun
         return np.int32(0)
     number = load(link.queued)
     job = job_at(link.queue + _JOB_BYTES * (number % QUEUED))
-    job.values, job.blocks, job.part, job.exact, job.source = x, blocks, part, exact, source_address
+    job.values, job.blocks, job.part, job.how, job.source = x, blocks, part, how, source_address
     store(source_address + 8, -(number + 1))  # until it is done it has no number of payloads
     store(link.queued, number + 1)
     return np.int32(0)
@@ -125,7 +126,7 @@ def carry_out_exchanges(link, own):
         if job.values == 0:
             store(link.carried_out, number + 1)
             return
-        call(own.start, (address_of(own), job.values, job.blocks, job.part, job.exact, address(source)))
+        call(own.start, (address_of(own), job.values, job.blocks, job.part, job.how, address(source)))
         for i in (0, 2, 3, 1):  # the number of payloads last: it says that the others are there
             store(job.source + 8 * i, source[i])
         store(link.carried_out, number + 1)
@@ -157,8 +158,8 @@ def time_exchange(link, x, blocks, payload, encodings, times):
 
 
 @entry
-def all_reduce(link, x, blocks, exact, out):
-    """Write the sum over all ranks of float32 values at address x to address out."""
+def all_reduce(link, x, blocks, how, out):
+    """Write the sum over all ranks of float32 values at address x to address out. how: see `start_exchange`."""
     source = np.zeros(4, np.int64)
-    call(link.start, (address_of(link), x, blocks, np.int64(0), np.int64(exact), address(source)))
+    call(link.start, (address_of(link), x, blocks, np.int64(0), np.int64(how), address(source)))
     sum_blocks(out, source[0], source[1], source[2], blocks, source[3])

@@ -14,6 +14,7 @@ PARTS = 2  # of a step that may be in flight at once, each with memory of its ow
 SIZES = 4  # sizes of messages for which the algorithm can differ
 QUEUED = 8  # exchanges that may wait for the other thread
 SCRATCH_WORDS = 8
+TERMS, EXACT, LAST = 0, 1, 2  # how values are sent: as the payload; as float32; as the payload, with little left out
 FLAG_BYTES = 64  # a cache line for each flag
 
 _WHO = (
@@ -44,6 +45,9 @@ _CALLS = (
 )
 _MEMORY = (
     "width",  # bytes of 32 values in messages
+    "coarse_width",  # the same in messages of at least so many blocks, where what is left out is sent with the next
+    "coarse_blocks",
+    "rests",  # address of float32 values: what was left out of the terms of a sum, where they stand in a half of values
     "requests",  # MPI's
     "statuses",
     "scratch",  # int64 words of this thread
@@ -77,7 +81,7 @@ LINK = np.dtype(
     ],
     align=True,
 )
-JOB = np.dtype([(name, np.int64) for name in ("values", "blocks", "part", "exact", "source")], align=True)
+JOB = np.dtype([(name, np.int64) for name in ("values", "blocks", "part", "how", "source")], align=True)
 """A queued exchange: the arguments of `exchange.start_exchange`; values 0: the step has no more."""
 
 link_at, job_at = record_at(LINK), record_at(JOB)

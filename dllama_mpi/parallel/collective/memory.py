@@ -11,7 +11,7 @@ from ...kernels.layout import BLOCK, ceil_div, ceil_to
 from .calls import REQUEST_BYTES, STATUS_BYTES
 from .link import FLAG_BYTES, JOB, LINK, PARTS, QUEUED, SCRATCH_WORDS
 from .shared import share
-from .table import PAYLOADS
+from .table import COARSE_ROWS, PAYLOADS, block_bytes
 
 _LINE = 64  # bytes of a cache line, on which every buffer begins
 _LINKS = 2  # of the main thread and of the one that exchanges meanwhile
@@ -23,8 +23,8 @@ class Sizes(NamedTuple):
     Attributes:
         values: (2, rows, width) float32, what this rank's terms are written to. flags: of both parts.
         total: one part's sum, float32. outgoing: one part's payload. incoming: one part's payloads: of every rank, or
-        the result and every rank's piece. numbers: of ranks. requests, statuses: MPI's. links, queue, words: see
-        `link`.
+        the result and every rank's piece. numbers: of ranks. requests, statuses: MPI's. links, queue, words, rests:
+        see `link`.
     """
 
     values: int
@@ -38,6 +38,7 @@ class Sizes(NamedTuple):
     links: int
     queue: int
     words: int
+    rests: int
 
     def private(self) -> dict[str, int]:
         """Return the bytes of each buffer that no rank shares with others, wherever it is."""
@@ -53,7 +54,8 @@ class Sizes(NamedTuple):
 def buffer_sizes(ranks: int, ranks_here: int, rows: int, width: int, payload: str) -> Sizes:
     """Return the sizes for sums of up to `rows` rows of `width` values over `ranks` ranks, so many on this host."""
     blocks = rows * width // BLOCK
-    message = max(blocks * PAYLOADS[payload], rows * PAYLOADS["f32"])  # an exact exchange has a block a row
+    widest = max(block_bytes(payload, 1), PAYLOADS[payload])
+    message = max(blocks * widest, rows * PAYLOADS["f32"])  # an exact exchange has a block a row
     return Sizes(
         values=2 * blocks * BLOCK * 4,
         flags=PARTS * (ranks_here + 1) * FLAG_BYTES,
@@ -66,6 +68,7 @@ def buffer_sizes(ranks: int, ranks_here: int, rows: int, width: int, payload: st
         links=_LINKS * LINK.itemsize,
         queue=QUEUED * JOB.itemsize,
         words=(_LINKS * SCRATCH_WORDS + 2 * _LINE // 8) * 8,
+        rests=blocks * BLOCK * 4 if payload == "q40" else 0,
     )
 
 
@@ -104,7 +107,8 @@ class Buffers:
 
     Attributes:
         links: (2,) records, of the main thread and of the one that may exchange meanwhile. values: (2, rows, width)
-        float32. hosts: number of hosts; ranks that share no memory count as one each. allocated: every array.
+        float32. rests: (rows, width) float32, see `link`; (0, width) with another payload than
+        q40. hosts: number of hosts; ranks that share no memory count as one each. allocated: every array.
         shared: the memory that the ranks of this host share, or None.
     """
 
@@ -121,13 +125,17 @@ class Buffers:
             self._allocate(name, size)
         self.links: np.recarray = self.allocated["links"].view(LINK).view(np.recarray)
         link = self.links[0]
-        link.width, link.incoming_bytes, link.slot_bytes = PAYLOADS[payload], sizes.incoming, sizes.values
+        link.width, link.incoming_bytes, link.slot_bytes = block_bytes(payload, 1), sizes.incoming, sizes.values
+        if block_bytes(payload, COARSE_ROWS) != link.width:
+            link.coarse_width, link.coarse_blocks = block_bytes(payload, COARSE_ROWS), COARSE_ROWS * width // BLOCK
+            link.rests = self.allocated["rests"].ctypes.data
         for name in ("total", "outgoing", "incoming", "requests", "statuses", "queue"):
             link[name] = self.allocated[name].ctypes.data
         self._place_words()
         self._number_ranks(comm, homes)
         own = self._place_shared(here)
         self.values: np.ndarray = own.view(np.float32).reshape(2, rows, width)
+        self.rests: np.ndarray = self.allocated["rests"].view(np.float32).reshape(-1, width)
 
     def _allocate(self, name: str, size: int) -> np.ndarray:
         """Return zeros that live as long as this object, on a cache line."""

@@ -14,7 +14,13 @@ from typing import NamedTuple
 
 from ...errors import UsageError
 
-PAYLOADS = {"f32": 128, "f16": 64, "q80": 34}  # bytes of 32 values, see `payload`
+PAYLOADS = {"f32": 128, "f16": 64, "q80": 34, "q40": 18}  # bytes of 32 values, see `payload`
+COARSE_ROWS = 32  # q40 is for messages of at least so many tokens; smaller ones, which it speeds up little, are q80
+
+
+def block_bytes(payload: str, rows: int) -> int:
+    """Return the bytes of 32 values in a message of so many tokens."""
+    return PAYLOADS["q80" if payload == "q40" and rows < COARSE_ROWS else payload]
 
 
 class Setting(NamedTuple):
@@ -46,7 +52,7 @@ class Algorithm:
         hops, payloads: one after the other, and sent by the busiest of N ranks; two-level: of N hosts.
         least_ranks: with fewer, `direct` costs the same or less. needs_one_host: all ranks share memory.
         has_levels: it is of use where some ranks share memory and some do not.
-        needs_compiled, needs_f32: see `Setting`.
+        needs_compiled, needs_f32: see `Setting`. rounds_again: sums are rounded in every hop.
     """
 
     name: str
@@ -59,6 +65,7 @@ class Algorithm:
     has_levels: bool = False
     needs_compiled: bool = False
     needs_f32: bool = False
+    rounds_again: bool = False
 
     def message(self, ranks: int) -> float:
         """Return the part of a payload in each message, where a rank sends one to every other in each hop."""
@@ -69,6 +76,10 @@ class Algorithm:
         if self.needs_f32 and setting.payload != "f32":
             raise UsageError(
                 f"--sync {self.name} sends f32; --buffer-float-type is {setting.payload}; leave it out or give f32"
+            )
+        if self.rounds_again and setting.payload == "q40":
+            raise UsageError(
+                f"--sync {self.name} rounds in every hop, too coarse with q40; use auto, direct or scatter"
             )
         if self.needs_compiled and not setting.is_compiled:
             raise UsageError(
@@ -131,6 +142,7 @@ DOUBLING = Algorithm(
     payloads=_STEPS,
     least_ranks=3,
     needs_compiled=True,
+    rounds_again=True,
 )
 TWO_LEVEL = Algorithm(
     name="two-level",

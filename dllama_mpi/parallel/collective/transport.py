@@ -13,7 +13,7 @@ from .exchange import layer_calls, time_exchange
 from .fallback import Fallback
 from .link import SIZES
 from .memory import Buffers
-from .table import ALGORITHMS, PAYLOADS, SHARED, Algorithm, Setting
+from .table import ALGORITHMS, SHARED, Algorithm, Setting, block_bytes
 
 _ANY = 1 << 60  # more blocks than a message has
 
@@ -40,7 +40,7 @@ class Transport:
         fill_calls(self.link, self.comm, functions if is_compiled else None)
         self.link.start, self.link.finish = (function.address for function in layer_calls())
         self.setting = Setting(comm.size, self.buffers.hosts, is_compiled, payload)
-        self._fallback = Fallback(self.comm, self.link, payload)
+        self._fallback = Fallback(self.comm, self.link)
 
     def use(self, by_size: Sequence[tuple[int, Algorithm]]) -> None:
         """Take for messages of up to so many rows, ascending, an algorithm; the last also for more. All ranks alike."""
@@ -57,7 +57,7 @@ class Transport:
     def message_bytes(self, rows: int, algorithm: Algorithm) -> int:
         """Return the bytes of one payload of so many rows."""
         is_float = algorithm.needs_f32 or algorithm.needs_one_host
-        return rows * self.row_blocks * PAYLOADS["f32" if is_float else self.setting.payload]
+        return rows * self.row_blocks * block_bytes("f32" if is_float else self.setting.payload, rows)
 
     def measure(self, name: str, rows: int, times: int) -> float:
         """Return this rank's median microseconds of an exchange of so many rows by an algorithm, of so many times.
