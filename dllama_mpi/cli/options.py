@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..parallel.group import TensorParallelGroup
 
 KV_TYPES = ("f16", "f32", "q80")
+_LONGEST_TEXT = 100_000_000  # characters
 
 
 def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], Any]:
@@ -32,7 +33,7 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
             raise argparse.ArgumentTypeError(
                 f"{text!r} is not {'a whole number' if kind is int else 'a number'}"
             ) from None
-        if not (low < value if above else low <= value) or not value <= high:
+        if not (low < value if above else low <= value) or not value <= high or value == float("inf"):
             limit = f"{'above' if above else 'at least'} {low:g}" + (
                 "" if high == float("inf") else f", at most {high:g}"
             )
@@ -279,10 +280,19 @@ def read_text(path: str, option: str) -> str:
     """Return a file's text, or standard input's for "-".
 
     Raises:
-        UsageError: it cannot be read, or is not UTF-8.
+        UsageError: it cannot be read, is not UTF-8, or is longer than any context could be.
     """
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+        if path == "-":
+            found = sys.stdin.read(_LONGEST_TEXT + 1)
+        else:
+            with open(path, encoding="utf-8") as file:
+                found = file.read(_LONGEST_TEXT + 1)
+        if len(found) > _LONGEST_TEXT:
+            raise UsageError(
+                f"{option} {path}: more than {_LONGEST_TEXT // 10**6} million characters; give a part of it"
+            )
+        return found
     except OSError as error:
         raise UsageError(f"{option} {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

@@ -65,6 +65,7 @@ _NUMBERS = {
     "memory_gb", "bandwidth_gb_per_s", "prefill_gmac_per_s", "layer_us", "latency_us", "bandwidth_mbit",
 }  # fmt: skip
 _WHOLE = {"count", "cores"}
+_MOST_HOSTS = 1024  # more than any model can be cut into parts
 _MAY_BE_ZERO = {"layer_us", "latency_us"}
 _NETWORK = {"latency_us", "bandwidth_mbit"}
 
@@ -105,6 +106,8 @@ def _cluster(described: dict[str, Any], path: str) -> Cluster:
             if name not in filled:
                 raise UsageError(f"--hosts {where}: {name} is missing" + _hint(name))
         count = filled.get("count", 1)
+        if len(hosts) + count > _MOST_HOSTS:
+            raise UsageError(f"--hosts {where}: count is {count}; a cluster has at most {_MOST_HOSTS} hosts in all")
         for i in range(count):
             name = f"{filled['name']}{i + 1}" if count > 1 else filled["name"]
             read = 1e9 * filled["bandwidth_gb_per_s"]

@@ -94,6 +94,8 @@ def test_bad_model(mistake: str, ranks: int, tmp_path: Path) -> None:
         (["--prompt", "x", "--temperature", "-1"], ("--temperature", "-1")),
         (["--prompt", "x", "--timeout", "0.5"], ("timeout is 0.5", "from 1 to 86400 seconds")),
         (["--prompt", "x", "--timeout", "soon"], ("--timeout", "not a number")),
+        (["--prompt", "x", "--cache-limit", "inf"], ("--cache-limit", "inf is out of range")),
+        (["--prompt-file", "/dev/zero"], ("/dev/zero", "more than 100 million characters")),
         (["--prompt", "x", "--no-such-option"], ("--no-such-option",)),
         ([], ("--prompt",)),
         (["perplexity", "--file", "no/such/file"], ("no/such/file",)),

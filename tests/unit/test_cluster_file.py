@@ -82,6 +82,7 @@ MISTAKES = {
     "no hosts": (WIRE, "no hosts"),
     "hosts as one table": (WIRE + '[hosts]\nname = "x"', "no hosts"),
     "unknown board": (WIRE + '[[hosts]]\nname = "x"\nboard = "pi-9"\nmemory_gb = 8', "'pi-9' is not known"),
+    "too many": (WIRE + HOST + "count = 1000000000", "at most 1024 hosts"),
     "unknown key": (WIRE + HOST + "colour = 3", "colour is not known"),
     "unknown table": (WIRE + HOST + "[power]\nwatt = 5", "power is not known"),
     "no name": (WIRE + HOST.replace('name = "x"\n', ""), "name is missing"),
