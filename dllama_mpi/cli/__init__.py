@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import DllamaError
 from ..parallel.launch import abandon, is_root_process, leave
+from ..progress import show_progress
 from . import (
     batch,
     bench,
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.insert(0, "generate")
     args = parser().parse_args(given)
     args.given, args.commands = given, tuple(COMMANDS)
+    show_progress(getattr(args, "progress", "off") if is_root_process() else "off")
     try:
         return int(args.run(args) or 0)
     except DllamaError as error:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import UsageError
-from ..log import progress
+from ..progress import progress
 from .options import add_model_options, add_random_option, load, model_of, number, numbers
 
 PROMPT, GENERATED = 512, 128

@@ -6,7 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..log import progress, say
+from ..log import say
+from ..progress import progress
 from .options import add_model_options, add_random_option, model_of, number, table
 
 if TYPE_CHECKING:
