@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from . import log
+from .errors import UsageError
 
 MODES = ("auto", "bar", "lines", "off")
+VARIABLE = "DLLAMA_MPI_PROGRESS"
 QUIET_SECONDS = 2.0
 LINE_SECONDS = 5.0  # between two lines, at least
 _DRAW_SECONDS = 0.25
@@ -189,10 +191,24 @@ _display = _Display()
 log.before_line.append(_display.clear)
 
 
+def chosen(mode: str | None) -> str:
+    """Return how progress is to be shown, which the environment may say where nobody else does.
+
+    Raises:
+        UsageError: the environment says something else.
+    """
+    if mode is not None:
+        return mode
+    said = os.environ.get(VARIABLE) or "auto"
+    if said not in MODES:
+        raise UsageError(f"{VARIABLE}={said}: must be one of {', '.join(MODES)}")
+    return said
+
+
 def show_progress(mode: str) -> None:
     """Show progress as a "bar", in "lines", "auto" (a bar if stderr ends at a terminal) or "off", as before the call.
 
-    Of the ranks of a job the root alone calls this.
+    Of the ranks of a job the root alone shows it.
     """
     _display.use(mode)
 

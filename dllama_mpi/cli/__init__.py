@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import DllamaError
 from ..parallel.launch import abandon, is_root_process, leave
-from ..progress import show_progress
+from ..progress import chosen, show_progress
 from . import (
     batch,
     bench,
@@ -86,8 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.insert(0, "generate")
     args = parser().parse_args(given)
     args.given, args.commands = given, tuple(COMMANDS)
-    show_progress(getattr(args, "progress", "off") if is_root_process() else "off")
     try:
+        mode = chosen(getattr(args, "progress", "off"))
+        show_progress(mode if is_root_process() else "off")
         return int(args.run(args) or 0)
     except DllamaError as error:
         return leave(error)

@@ -171,9 +171,8 @@ def add_progress_option(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--progress",
         choices=MODES,
-        default="auto",
         help="how far long work is, on stderr: a bar, lines every few seconds, off, or auto: a bar where stderr, or"
-        " mpiexec's, is a terminal, else lines (default: auto)",
+        " mpiexec's, is a terminal, else lines (default: what DLLAMA_MPI_PROGRESS says, else auto)",
     )
 
 

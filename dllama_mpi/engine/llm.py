@@ -24,7 +24,7 @@ from ..model.transformer import Rank, Transformer
 from ..parallel.connection import Phase
 from ..parallel.group import TensorParallelGroup, connect
 from ..parallel.partition import AUTO, parse_split
-from ..progress import progress, show_progress
+from ..progress import chosen, progress, show_progress
 from ..startup.finding import find_model
 from ..startup.memory import Room, available_bytes, fitting
 from ..startup.opening import RANDOM, ModelFiles, declared_stop_ids, load_tokenizer, open_model
@@ -75,8 +75,8 @@ class LLM:
         with self.group.together():
             o.check()
             self.group.watchdog.timeout = o.timeout
-        self._tells = self.group.is_root and not o.quiet
-        show_progress(o.progress if self._tells else "off")
+            self._tells = self.group.is_root and not o.quiet
+            show_progress(chosen(o.progress) if self._tells else "off")
         self.folder = find_model(o.model, self.group, o.quiet)
         with self.group.together():
             opened = open_model(str(self.folder)) if self.group.is_root or o.model.startswith(RANDOM) else None

@@ -47,8 +47,8 @@ class Options:
             "none": nowhere. cache_limit: the most to keep there, GB; None: 20, or half of what the disk has free.
         bind: keep each rank on cores of its own, and each of its threads on one.
         timeout: seconds of silence after which a rank counts as lost and the job ends; 0: only a rank that died does.
-        quiet: print nothing on stderr. progress: how the root, unless quiet, shows there how far it is: as a "bar", in
-            "lines", "auto" for a bar where stderr ends at a terminal, or "off".
+        quiet: print nothing on stderr. progress: how the root, unless quiet, shows there how far it is: "bar", "lines",
+            "auto" (a bar if stderr ends at a terminal) or "off"; None: what DLLAMA_MPI_PROGRESS says, else auto.
     """
 
     model: str
@@ -72,7 +72,7 @@ class Options:
     bind: bool = False
     timeout: float = TIMEOUT
     quiet: bool = True
-    progress: str = "auto"
+    progress: str | None = None
 
     @property
     def step_limit(self) -> float:
@@ -90,7 +90,7 @@ class Options:
         )
         for name, allowed in choices:
             value = getattr(self, name)
-            if value not in allowed and not (value is None and name not in ("sync", "progress")):
+            if value not in allowed and not (value is None and name != "sync"):
                 raise UsageError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         if self.weights is not None:
             WeightRecipe.parse(self.weights)

@@ -15,6 +15,7 @@ import pytest
 from dllama_mpi import log, progress
 from dllama_mpi.engine.llm import LLM
 from dllama_mpi.engine.request import SamplingParams
+from dllama_mpi.errors import UsageError
 from dllama_mpi.progress import Progress, show_progress
 from tests.mpi.launch import ROOT, environment
 from tests.mpi.typist import Typist
@@ -232,3 +233,14 @@ def test_a_prompt_is_told_while_it_is_read(at_once: None, capfd: pytest.CaptureF
     lines = capfd.readouterr().err.splitlines()
     assert any(line.startswith("reading the prompt: 50%, 100 of 200 tokens") for line in lines)
     assert told
+
+
+def test_the_environment_may_say_how(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(progress.VARIABLE)
+    assert progress.chosen(None) == "auto"
+    monkeypatch.setenv(progress.VARIABLE, "lines")
+    assert (progress.chosen(None), progress.chosen("bar")) == ("lines", "bar")
+    monkeypatch.setenv(progress.VARIABLE, "loud")
+    with pytest.raises(UsageError, match="DLLAMA_MPI_PROGRESS=loud: must be one of auto, bar, lines, off"):
+        progress.chosen(None)
+    assert progress.chosen("off") == "off"
