@@ -37,7 +37,6 @@ from dllama_mpi.kernels.elementwise import quantise
 from dllama_mpi.kernels.layout import BLOCK, FORMATS, PAGE, ROWS, TileFormat, aligned_empty, ceil_div, ceil_to
 from dllama_mpi.kernels.matrix import Matrix, activations, expert_of
 from dllama_mpi.kernels.probe import ReadProbe
-from dllama_mpi.log import progress
 from dllama_mpi.model.buffers import KV_TYPES, Buffers, Maker, Sizes, memory_bytes
 from dllama_mpi.model.config import AttentionConfig, LayerConfig, MLPConfig, ModelConfig
 from dllama_mpi.model.forward import Step
@@ -45,6 +44,7 @@ from dllama_mpi.model.linear import multiply
 from dllama_mpi.model.recipe import WeightRecipe
 from dllama_mpi.model.rope import RopeConfig
 from dllama_mpi.parallel.partition import Shard
+from dllama_mpi.progress import progress, show_progress
 from dllama_mpi.startup.shares import shards_of
 from dllama_mpi.weights.random import RandomTensor
 from dllama_mpi.weights.tiles import TileMatrix, matrix_bytes
@@ -221,6 +221,7 @@ def main() -> None:
     limits, noise = ceilings(threads), Disturbance()
     say_ceilings(limits)
     memory = ReadProbe(MEMORY, threads)
+    show_progress("auto")
     found = [case.measure(limits, memory) for case in progress(every_case(args, threads), "measuring", True)]
     cells = [
         [

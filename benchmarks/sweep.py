@@ -15,10 +15,10 @@ from report import COLOURS, add_output_options, figure, finish, save, say_table,
 
 from dllama_mpi.cli.options import add_model_options, add_random_option, load, model_of
 from dllama_mpi.errors import DllamaError
-from dllama_mpi.log import progress
 from dllama_mpi.parallel.group import connect
 from dllama_mpi.parallel.launch import leave
 from dllama_mpi.planning.bench import Bench, Test
+from dllama_mpi.progress import progress
 
 
 def options() -> argparse.Namespace:

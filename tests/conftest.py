@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 
 from tests.mpi.launch import dismiss_guard
 from tests.mpi.pool import close_pools
+
+# On a busy machine anything may take so long that it would be told, between lines that tests look at.
+os.environ["DLLAMA_MPI_PROGRESS"] = "off"
 
 # The same examples in every run, so that what passes once passes again.
 hypothesis.settings.register_profile("tests", max_examples=40, deadline=None, derandomize=True, database=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, overload
 
 import numpy as np
@@ -45,5 +45,5 @@ class OneRank(LLM):
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         return there(super().logits(token_ids))
 
-    def log_probabilities(self, token_ids: Sequence[int]) -> np.ndarray:
-        return there(super().log_probabilities(token_ids))
+    def log_probabilities(self, token_ids: Sequence[int], read: Callable[[int], object] = int) -> np.ndarray:
+        return there(super().log_probabilities(token_ids, read))

@@ -1,19 +1,17 @@
-"""How far a batch is: a bar on a terminal, else a line every few seconds; and lines with the time in a log file."""
+"""How far a batch is, on stderr; and lines with the time in a log file."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from tqdm import tqdm
-
+from .. import progress
 from ..errors import UsageError
 from ..log import say
 
-_SECONDS = 10.0  # between two lines
+_SECONDS = 10.0  # between two lines of the log
 _RECENT = 6  # readings over which the speed is taken
 
 
@@ -40,21 +38,19 @@ class Progress:
                 self._log = log.open("a", encoding="utf-8")
             except OSError as error:
                 raise UsageError(f"--log {log}: {error.strerror or error}") from None
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total, initial=answered, desc="batch", unit="", file=sys.stderr, leave=False)
+        self._shown = progress.Progress("batch", total, "answered", done=answered)
+        self._shown.begin()
         self._said = self._began
 
     def add(self, lines: int, errors: int) -> None:
         """Count answers that are on the disk."""
         self.answered += lines
         self.errors += errors
-        if self._bar is not None:
-            self._bar.update(lines)
+        self._shown.add(lines)
         self.tick()
 
     def tick(self) -> None:
-        """Say how far it is, if it is time."""
+        """Take the speed and write a line into the log, if it is time."""
         now = time.monotonic()
         if now - self._said < _SECONDS:
             return
@@ -63,22 +59,20 @@ class Progress:
         self._readings.append((now, self.output, self.answered))
         speed = (self.output - tokens) / (now - then)
         rate = (self.answered - answered) / (now - then)
-        left = f", {_span((self.total - self.answered) / rate)} left" if rate else ""
-        line = f"batch: {self._counts()}, {speed:.1f} tokens/s{left}"
-        if self._bar is not None:
-            self._bar.set_postfix_str(f"{speed:.1f} tokens/s")
-        else:
-            say(line)
-        self._write(line)
+        left = f", {progress.span((self.total - self.answered) / rate)} left" if rate else ""
+        self._shown.note = ", ".join(filter(None, [self._wrong(), f"{speed:.1f} tokens/s"]))
+        self._write(f"batch: {self._counts()}, {speed:.1f} tokens/s{left}")
 
     def _counts(self) -> str:
-        wrong = f" ({self.errors:,} error{'s' * (self.errors != 1)})" if self.errors else ""
+        wrong = f" ({self._wrong()})" if self.errors else ""
         return f"{self.answered:,} of {self.total:,} answered{wrong}"
+
+    def _wrong(self) -> str:
+        return f"{self.errors:,} error{'s' * (self.errors != 1)}" if self.errors else ""
 
     def end(self, path: Path) -> None:
         """Say what has been done."""
-        if self._bar is not None:
-            self._bar.close()
+        self._shown.end()
         seconds = time.monotonic() - self._began
         new = self.answered - self._before
         earlier = f", {self._before:,} of them before" if self._before else ""
@@ -97,10 +91,3 @@ class Progress:
     def _write(self, line: str) -> None:
         if self._log is not None:
             print(time.strftime("%Y-%m-%dT%H:%M:%S%z"), line, file=self._log, flush=True)
-
-
-def _span(seconds: float) -> str:
-    """Return a time for people."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

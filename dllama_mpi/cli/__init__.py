@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import DllamaError
 from ..parallel.launch import abandon, is_root_process, leave
+from ..progress import chosen, show_progress
 from . import (
     batch,
     bench,
@@ -86,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(given)
     args.given, args.commands = given, tuple(COMMANDS)
     try:
+        mode = chosen(getattr(args, "progress", "off"))
+        show_progress(mode if is_root_process() else "off")
         return int(args.run(args) or 0)
     except DllamaError as error:
         return leave(error)

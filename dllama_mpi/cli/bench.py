@@ -6,11 +6,14 @@ import argparse
 import csv
 import io
 import json
+import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..errors import UsageError
-from ..log import progress
+from ..log import say
+from ..progress import Progress, progress
 from .options import add_model_options, add_random_option, load, model_of, number, numbers
 
 PROMPT, GENERATED = 512, 128
@@ -65,16 +68,22 @@ def run(args: argparse.Namespace) -> int:
         if args.max_seq_len < needed:
             raise UsageError(f"--max-seq-len {args.max_seq_len}: the tests need {needed} positions; give that or none")
     llm = load(args, group, max(test.batch for test in todo))
-    bench = Bench(llm, args.seed)
-    results = [bench.run(test, args.repetitions, _bar(test.name, llm.is_root)) for test in todo]
-    records = [bench.record(result) for result in results if result is not None]
+    bench, started, records = Bench(llm, args.seed), time.perf_counter(), []
+    with Progress("bench", len(todo), "tests", show=llm.is_root) as shown:
+        for test in todo:
+            result = bench.run(test, args.repetitions, partial(progress, what=test.name, show=llm.is_root))
+            shown.add(1)
+            if result is not None:
+                records.append(bench.record(result))
     if records:
         print(_FORMATS[args.output](records), flush=True)
+        what = f"{_some(len(todo), 'test')} of {_some(args.repetitions, 'repetition')}"
+        say(f"bench: {what} on {_some(group.size, 'rank')}, {time.perf_counter() - started:.1f} s")
     return 0
 
 
-def _bar(name: str, is_shown: bool) -> Callable[[Any], Any]:
-    return lambda turns: progress(turns, name, is_shown)
+def _some(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 # ---- how results are printed
@@ -83,7 +92,9 @@ def _bar(name: str, is_shown: bool) -> Callable[[Any], Any]:
 def _markdown(records: list[dict[str, Any]]) -> str:
     head = ["model", "size", "params", "ranks", "threads", "isa", "weights", "buffer", "test"]
     head += ["t/s", "GB/s", "limit", "of limit", "sync"]
-    rows = [_cells(record) for record in records]
+    if any(record["joules"] is not None for record in records):
+        head.append("J/t")
+    rows = [_cells(record)[: len(head)] for record in records]
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     left = [name in ("model", "isa", "weights", "buffer") for name in head]
     rule = [("-" * (w + 1) if is_left else "-" * w + ":") for w, is_left in zip(widths, left, strict=True)]
@@ -127,6 +138,7 @@ def _cells(record: dict[str, Any]) -> list[str]:
         *("-" if rate is None else f"{rate:.1f}" for rate in rates),
         "-" if share is None else f"{share:.0%}",
         f"{record['sync_share']:.1%}",
+        "-" if record["joules_per_token"] is None else f"{record['joules_per_token']:.3g}",
     ]
 
 

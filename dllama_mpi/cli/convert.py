@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..log import say
-from .options import add_weights_option, number, numbers
+from .options import add_progress_option, add_weights_option, number, numbers
 
 if TYPE_CHECKING:
     from ..startup.opening import ModelFiles
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="PATH", help="of a .gguf or .m file: the tokenizer to write with it (default: its own)"
     )
+    add_progress_option(parser)
     group = parser.add_argument_group(
         "slices", "for a host with little room: what one rank needs, instead of the whole model"
     )

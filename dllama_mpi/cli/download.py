@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..log import say
-from .options import number, table
+from .options import add_progress_option, number, table
 
 if TYPE_CHECKING:
     from ..hub.names import Model, Name
@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="what to download: NAME, ORG/NAME, or either with :QUANTISATION or :FILE",
     )
+    add_progress_option(parser)
     group = parser.add_argument_group("lists")
     group.add_argument("--ranks", type=number(int, 1), metavar="N", help="show how models fit on so many hosts")
     group.add_argument(
@@ -174,7 +175,7 @@ def _hosts_needed(text: str, path: Path) -> int | None:
 def remove(text: str) -> None:
     """Remove a model from this disk, and say what that freed."""
     from ..hub.local import remove as remove_files
-    from ..hub.progress import in_bytes
+    from ..progress import in_bytes
 
     name = named(text)
     say(f"{name}: removed, {in_bytes(remove_files(name))} freed")
@@ -182,7 +183,7 @@ def remove(text: str) -> None:
 
 def _local(as_json: bool) -> str:
     from ..hub.local import held, hub_folder
-    from ..hub.progress import in_bytes
+    from ..progress import in_bytes
 
     found = held()
     if as_json:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..log import say
+from .options import add_progress_option
 
 TYPES = ("q4_0", "q8_0", "f16")
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the matrices (default: the codes that they have, where GGUF has them; other quantised ones Q8_0,"
         " values F16)",
     )
+    add_progress_option(parser)
     parser.add_argument(
         "--without-tokenizer", action="store_true", help="leave the tokenizer out; token ids alone can be used then"
     )

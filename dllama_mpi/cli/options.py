@@ -13,6 +13,7 @@ from ..errors import UsageError
 from ..model.shapes import SHAPES
 from ..parallel.collective.table import PAYLOADS, SYNCS
 from ..parallel.watchdog import TIMEOUT
+from ..progress import MODES
 
 if TYPE_CHECKING:
     from ..engine.llm import LLM
@@ -161,8 +162,19 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="end the job when a rank has been silent for this long: stopped, or cut off; a rank that died is"
         f" noticed at once (default: {TIMEOUT:g}; 0: wait for ever)",
     )
+    add_progress_option(group)
     group.add_argument(
         "--prefill-chunk", type=number(int, 1), default=256, metavar="N", help="prompt tokens a step (default: 256)"
+    )
+
+
+def add_progress_option(parser: argparse._ActionsContainer) -> None:
+    """Add how long work shows how far it is."""
+    parser.add_argument(
+        "--progress",
+        choices=MODES,
+        help="how far long work is, on stderr: a bar, lines every few seconds, off, or auto: a bar where stderr, or"
+        " mpiexec's, is a terminal, else lines (default: what DLLAMA_MPI_PROGRESS says, else auto)",
     )
 
 
@@ -240,7 +252,7 @@ def load(args: argparse.Namespace, group: TensorParallelGroup, max_batch: int = 
     from ..engine.llm import LLM
 
     names = "tokenizer weights max_seq_len kv_type buffer_float_type sync nthreads split prefill_chunk bind timeout"
-    names += " cache_dir cache_limit kv_memory"
+    names += " cache_dir cache_limit kv_memory progress"
     options = {name: getattr(args, name) for name in names.split()}
     options["speculate"] = getattr(args, "speculate", None)  # not every command generates text
     return LLM(args.model, group=group, quiet=False, max_batch=max_batch, **options, **more)

@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from ..errors import RequestError, UsageError
-from ..log import progress
+from ..progress import Progress
 from .options import add_model_options, load, number, read_text
 
 
@@ -64,11 +64,13 @@ def run(args: argparse.Namespace) -> int:
     with llm.session() as leads:
         if not leads:
             return 0
-        for start, stop, first in progress(windows(len(tokens), window, stride), "perplexity", True):
-            scores = llm.log_probabilities(tokens[start:stop])
-            assert scores is not None
-            new: np.ndarray = scores[first - start - 1 :]
-            total, count = total - float(new.sum()), count + len(new)
+        parts = windows(len(tokens), window, stride)
+        with Progress("perplexity", sum(stop - start - 1 for start, stop, _ in parts), "tokens") as shown:
+            for start, stop, first in parts:
+                scores = llm.log_probabilities(tokens[start:stop], shown.add)
+                assert scores is not None
+                new: np.ndarray = scores[first - start - 1 :]
+                total, count = total - float(new.sum()), count + len(new)
     result = math.exp(total / count)
     if args.json:
         print(

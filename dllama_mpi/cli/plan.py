@@ -6,13 +6,15 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from ..log import progress, say
+from ..log import say, warn
+from ..progress import progress
 from .options import add_model_options, add_random_option, model_of, number, table
 
 if TYPE_CHECKING:
     from ..planning.plan import Question
 
 PROMPT, GENERATED = 512, 128
+_TOLD = 4  # disturbances
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -125,6 +127,10 @@ def _about(args: argparse.Namespace, question: Question) -> dict[str, Any]:
 
 
 def _print(args: argparse.Namespace, report: dict[str, Any]) -> None:
+    if report["disturbances"]:
+        first, more = report["disturbances"][:_TOLD], len(report["disturbances"]) - _TOLD
+        why = "; ".join([*first, *([f"and {more} more, see -o json"] if more > 0 else [])])
+        warn(f"the machine was busy while this was measured, so that speeds may be far off: {why}; try when it is idle")
     print(json.dumps(report, indent=2) if args.output == "json" else _text(report), flush=True)
 
 

@@ -284,8 +284,10 @@ class Engine:
         self.group.watchdog.tell(Phase.IDLE)
         return np.concatenate([np.concatenate(answers, axis=1) for answers in parts])
 
-    def scores(self, token_ids: list[int]) -> np.ndarray:
+    def scores(self, token_ids: list[int], read: Callable[[int], object] = int) -> np.ndarray:
         """Return the natural log-probability (tokens - 1,) float64 of each token of a text but the first.
+
+        read: called after each step with the number of tokens that it fed.
 
         Raises:
             RequestError: running requests hold the memory that it needs.
@@ -296,6 +298,7 @@ class Engine:
             step.rows["target"] = targets[batch.positions + 1]
             parts = np.stack(self._order(step))
             scores.append(parts[:, :, 1].max(axis=0) - np.logaddexp.reduce(parts[:, :, 0], axis=0))
+            read(batch.tokens)
         self.group.watchdog.tell(Phase.IDLE)
         return np.concatenate(scores)
 

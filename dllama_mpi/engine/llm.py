@@ -6,8 +6,9 @@ import contextlib
 import os
 import pickle
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, overload
 
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from ..errors import DllamaError, ModelError, RequestError
 from ..kernels import runtime
 from ..kernels.layout import BLOCK, ceil_to
-from ..log import progress, say
+from ..log import say
 from ..model.buffers import Sizes
 from ..model.build import load
 from ..model.config import ModelConfig
@@ -23,6 +24,7 @@ from ..model.transformer import Rank, Transformer
 from ..parallel.connection import Phase
 from ..parallel.group import TensorParallelGroup, connect
 from ..parallel.partition import AUTO, parse_split
+from ..progress import chosen, progress, show_progress
 from ..startup.finding import find_model
 from ..startup.memory import Room, available_bytes, fitting
 from ..startup.opening import RANDOM, ModelFiles, declared_stop_ids, load_tokenizer, open_model
@@ -33,12 +35,13 @@ from ..startup.speed import decode_rates
 from ..startup.threads import place_threads
 from ..text.stream import TextStream
 from ..text.tokenizer import Tokenizer
-from ..weights.cache import WeightCache, folder_of
+from ..weights.cache import cache_of
 from ..weights.slices import Manifest
 from ..weights.source import WeightSource
 from .completion import Completion, Generation
 from .engine import Context, Engine
 from .lookup import MOST_DRAFTS, Lookup
+from .reading import steps
 from .request import Request, SamplingParams, are_several, is_integer, is_list, shown, unit
 from .runner import Runner
 from .scheduler import Limits
@@ -72,6 +75,8 @@ class LLM:
         with self.group.together():
             o.check()
             self.group.watchdog.timeout = o.timeout
+            self._tells = self.group.is_root and not o.quiet
+            show_progress(chosen(o.progress) if self._tells else "off")
         self.folder = find_model(o.model, self.group, o.quiet)
         with self.group.together():
             opened = open_model(str(self.folder)) if self.group.is_root or o.model.startswith(RANDOM) else None
@@ -89,7 +94,7 @@ class LLM:
             self.shares = parse_split(None if o.split == AUTO else o.split, self.group.size)
             self.shards = shards_of(c, self.shares)
             self.threads = place_threads(self.group, cores, o.nthreads, o.bind)
-        if self.group.is_root and not o.quiet and runtime.is_cold():
+        if self._tells and runtime.is_cold():
             say(f"compiling kernels for {runtime.describe()}; this takes about 20 seconds and is done once")
         kept = Kept.of(self.formats, o.kv_type, o.buffer_float_type, o.sync)
         self.kv_type, self.weights = kept.kv_type, kept.weights(c)
@@ -101,14 +106,14 @@ class LLM:
         if o.split == AUTO and self.group.size > 1:
             self._share_out()
         rank = Rank(self.group, self.shards[self.group.rank], self.formats, self.threads)
-        show = self.group.is_root and not o.quiet
 
         def build(source: WeightSource) -> Transformer:
-            weights = load(source, c, rank.shard, self.formats, lambda each: progress(each, "loading", show))
+            loading = partial(progress, what="loading", show=self._tells)
+            weights = load(source, c, rank.shard, self.formats, loading)
             return Transformer(weights, c, rank)
 
         wanted = Wanted(self.folder, c, manifest, self.shards, o.split)
-        with Placement(self.group, wanted, opened, self._weight_cache(), o.quiet) as placement:
+        with Placement(self.group, wanted, opened, cache_of(o.cache_dir, o.cache_limit), o.quiet) as placement:
             room = self._room(placement.origin.in_memory)
             self.max_seq_len, self.pages = room.positions, room.pages
             # Where there is as much room for windows as for all, pages are the same for every layer.
@@ -116,10 +121,10 @@ class LLM:
             self._model = placement.load(build)
             self.origins = placement.origins
         width = ceil_to(c.hidden_size, BLOCK)
-        partial = self.group.prepare_all_reduce(tokens, width, kept.payload, o.sync)
+        terms = self.group.prepare_all_reduce(tokens, width, kept.payload, o.sync)
         with self.group.together():
             sizes = Sizes(tokens, self.memory.slots, self.pages, self.kv_type, self.window_pages or None)
-            self._model.allocate(partial, sizes)
+            self._model.allocate(terms, sizes)
         self._runner = Runner(self._model, self.group)
         slots = self.memory.slots if c.has_state else 0
         window = c.window if self.window_pages else 0
@@ -147,11 +152,11 @@ class LLM:
 
     def _share_out(self) -> None:
         """Replace equal shares by those that the ranks' measured speeds and free memory give."""
-        o, group = self.options, self.group
+        group = self.group
         speeds = decode_rates(self.config, self.shards[group.rank], self.formats, group, self.threads)
         self.shares, bound = self.memory.shares(steady(speeds), group.allgather((group.host, available_bytes())))
         self.shards = shards_of(self.config, self.shares)
-        if group.is_root and not o.quiet:
+        if self._tells:
             say(split_line(group.hosts, speeds, self.shares, bound))
 
     def _agree(self, opened: ModelFiles | None) -> tuple[ModelConfig, Manifest]:
@@ -163,10 +168,6 @@ class LLM:
         manifest: Manifest = self.group.broadcast(own)
         return config, manifest
 
-    def _weight_cache(self) -> WeightCache | None:
-        folder, limit = folder_of(self.options.cache_dir), self.options.cache_limit
-        return None if folder is None else WeightCache(folder, None if limit is None else int(1e9 * limit))
-
     def _room(self, more: int) -> Room:
         """Return what the KV cache can hold; this rank needs `more` bytes otherwise."""
         o, c, memory = self.options, self.config, self.memory
@@ -175,9 +176,9 @@ class LLM:
         needs = [replace(need, fixed=need.fixed + extra) for need, (_, _, extra) in zip(needs, each, strict=True)]
         with self.group.together():
             room = fitting(needs, memory.wish)
-        if room.positions < memory.wanted and self.group.is_root and not o.quiet:
+        if room.positions < memory.wanted and self._tells:
             say(f"max-seq-len is {room.positions}: the model's {memory.wanted} positions do not fit in memory")
-        if o.max_seq_len and o.max_seq_len > c.max_position_embeddings and self.group.is_root and not o.quiet:
+        if o.max_seq_len and o.max_seq_len > c.max_position_embeddings and self._tells:
             say(f"max-seq-len {o.max_seq_len} is beyond the model's {c.max_position_embeddings} positions")
         return room
 
@@ -340,8 +341,7 @@ class LLM:
         by_id, started = {each.id: each for each in completions}, time.perf_counter()
         self._active = list(by_id)
         try:
-            while not self.engine.is_idle:
-                outputs = self.engine.step()
+            for outputs in steps(self.engine, len(completions), self._tells):
                 if self.engine.last_step is not None:
                     stats.take(self.engine.last_step)
                 for output in outputs:
@@ -391,7 +391,10 @@ class LLM:
         with self._call() as leads:
             return self.engine.logits(self.encode(token_ids)) if leads else None
 
-    def log_probabilities(self, token_ids: Sequence[int]) -> np.ndarray | None:
-        """Return the natural log-probability (n - 1,) float64 of each of n tokens but the first on the root."""
+    def log_probabilities(self, token_ids: Sequence[int], read: Callable[[int], object] = int) -> np.ndarray | None:
+        """Return the natural log-probability (n - 1,) float64 of each of n tokens but the first on the root.
+
+        read: called there after each step with the number of tokens that it fed.
+        """
         with self._call() as leads:
-            return self.engine.scores(self.encode(token_ids)) if leads else None
+            return self.engine.scores(self.encode(token_ids), read) if leads else None

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from ..parallel.star import StarLink
+from .energy import Meter
 
 _CPUS = Path("/sys/devices/system/cpu")
 _PI_FLAGS = Path("/sys/devices/platform/soc/soc:firmware/get_throttled")
@@ -34,7 +35,8 @@ class RankTimes:
         cpu_seconds: processor time this process took. host_busy_seconds, host_stolen_seconds: of all the host's
             processors together, taken by any process and by other virtual machines.
         processors: of the host. frequency_ghz, most_ghz: of the processors this rank may use, now and at most.
-        slowed: what the firmware says slows the processor down.
+        slowed: what the firmware says slows the processor down. prefill_joules, decode_joules: energy of the host in
+            steps with and without prompt tokens, told by the first of its ranks, if it can be told.
     """
 
     share: float
@@ -48,18 +50,23 @@ class RankTimes:
     frequency_ghz: float | None = None
     most_ghz: float | None = None
     slowed: tuple[str, ...] = ()
+    prefill_joules: float | None = None
+    decode_joules: float | None = None
 
 
 class Stopwatch:
-    """Counts one rank's times, from the first step after a report to the next report."""
+    """Counts one rank's times, and the energy of its host, from the first step after a report to the next report."""
 
-    def __init__(self, share: float) -> None:
-        self._share = share
+    def __init__(self, share: float, meter: Meter | None = None) -> None:
+        """Begin. meter: None if another rank tells the host's energy, or nothing does."""
+        self._share, self._meter = share, meter
         self._begin()
 
     def _begin(self) -> None:
         self._started, self._cpu, self._host = time.perf_counter(), time.process_time(), psutil.cpu_times()
         self._compute = self._wait = self._gathering = 0.0
+        self._joules = 0.0 if self._meter is None else self._meter.joules()
+        self._prefill = self._decode = 0.0  # joules
         self._is_fresh = True
 
     def start(self) -> None:
@@ -69,11 +76,18 @@ class Stopwatch:
             self._is_fresh = False
         self._gathering, self._step = 0.0, time.perf_counter()
 
-    def stop(self, sync_seconds: float) -> None:
-        """End a step that spent so long in all-reduces."""
+    def stop(self, sync_seconds: float, is_decode: bool) -> None:
+        """End a step that spent so long in all-reduces. is_decode: whether it fed no prompt tokens."""
         wait = sync_seconds + self._gathering
         self._wait += wait
         self._compute += time.perf_counter() - self._step - wait
+        if self._meter is not None:
+            now = self._meter.joules()
+            if is_decode:
+                self._decode += now - self._joules
+            else:
+                self._prefill += now - self._joules
+            self._joules = now
 
     def gathered(self, seconds: float) -> None:
         """Count some time within a step as waiting, beside its all-reduces."""
@@ -95,6 +109,8 @@ class Stopwatch:
             frequency_ghz=now,
             most_ghz=most,
             slowed=_slowed(),
+            prefill_joules=None if self._meter is None else self._prefill,
+            decode_joules=None if self._meter is None else self._decode,
         )
         self._begin()
         return times

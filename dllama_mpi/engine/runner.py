@@ -14,6 +14,7 @@ from ..model.transformer import Transformer
 from ..parallel.connection import Phase
 from ..parallel.group import TensorParallelGroup
 from .candidates import local_best, penalise
+from .energy import host_meter
 from .rank_report import Stopwatch
 from .step import Step, Want
 
@@ -34,7 +35,7 @@ class Runner:
         self.first_id = shard.elements(vocab_axis(c))[0]
         self._logits = np.zeros((0, 0), np.float32)
         self.pooled = np.zeros((0, 0), np.float32)
-        self.watch = Stopwatch(share_of(c, shard))
+        self.watch = Stopwatch(share_of(c, shard), host_meter() if group.rank == group.local_ranks[0] else None)
 
     def step(self, step: Step) -> list[np.ndarray] | None:
         """Carry out a step; return all ranks' answers on the root, None elsewhere.
@@ -43,15 +44,15 @@ class Runner:
         (rows, 2) float64, the log-sum-exp and the target's logit (-inf where another rank holds it).
         """
         self.watch.start()
-        waited = self.group.traffic.seconds
-        answers = self._carry_out(step)
-        self.watch.stop(self.group.traffic.seconds - waited)
+        waited, chosen = self.group.traffic.seconds, step.ends[0]
+        is_decode = step.want is Want.CANDIDATES and step.batch.tokens <= chosen
+        answers = self._carry_out(step, is_decode)
+        self.watch.stop(self.group.traffic.seconds - waited, is_decode)
         return answers
 
-    def _carry_out(self, step: Step) -> list[np.ndarray] | None:
+    def _carry_out(self, step: Step, is_decode: bool) -> list[np.ndarray] | None:
         batch = step.batch
         chosen, scored = step.ends
-        is_decode = step.want is Want.CANDIDATES and batch.tokens <= chosen
         self.group.watchdog.tell(Phase.DECODE if is_decode else Phase.PREFILL)
         hidden = self.model.forward(batch)
         if not len(hidden):

@@ -100,6 +100,26 @@ class Stats:
         (self.prefill if step.prompt else self.decode).append(step)
         self.full_gathers += step.full_gathers
 
+    def _joules(self, phase: str) -> float | None:
+        each = [getattr(report.times, f"{phase}_joules") for report in self.ranks]
+        told = [joules for joules in each if joules is not None]
+        return sum(told) if told else None
+
+    @property
+    def prefill_joules(self) -> float | None:
+        """Energy of the hosts that can tell theirs, in steps that feed prompt tokens; None if none can."""
+        return self._joules("prefill")
+
+    @property
+    def decode_joules(self) -> float | None:
+        """Energy of the hosts that can tell theirs, in all other steps; None if none can."""
+        return self._joules("decode")
+
+    @property
+    def metered_hosts(self) -> int:
+        """How many hosts can tell their energy."""
+        return sum(report.times.decode_joules is not None for report in self.ranks)
+
     @staticmethod
     def _rate(steps: list[StepStats]) -> float | None:
         seconds = sum(s.seconds for s in steps)
@@ -134,25 +154,29 @@ class Stats:
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON-ready values, units in the keys."""
 
-        def phase(steps: list[StepStats]) -> dict[str, Any]:
+        def phase(steps: list[StepStats], joules: float | None) -> dict[str, Any]:
             total, sync = sum(s.seconds for s in steps), sum(s.sync_seconds for s in steps)
+            tokens = sum(s.tokens for s in steps)
             return {
                 "steps": len(steps),
-                "tokens": sum(s.tokens for s in steps),
+                "tokens": tokens,
                 "seconds": total,
                 "compute_ms": 1e3 * (total - sync),
                 "sync_ms": 1e3 * sync,
                 "sent_kb": sum(s.sent for s in steps) / 1e3,
                 "received_kb": sum(s.received for s in steps) / 1e3,
                 "tokens_per_second": self._rate(steps),
+                "joules": joules,
+                "joules_per_token": each_token(joules, tokens),
             }
 
         return {
             "prompt_tokens": self.prompt_tokens,
             "output_tokens": self.output_tokens,
             "time_to_first_token_seconds": self.first_token_seconds,
-            "prefill": phase(self.prefill),
-            "decode": phase(self.decode),
+            "prefill": phase(self.prefill, self.prefill_joules),
+            "decode": phase(self.decode, self.decode_joules),
+            "metered_hosts": self.metered_hosts,
             "ranks": [report.to_dict() for report in self.ranks],
             "slowest_rank": self.slowest_rank,
             "full_gathers": self.full_gathers,
@@ -186,6 +210,7 @@ class Stats:
         ]
         if self.first_token_seconds is not None:
             lines.append(f"time to first token {self.first_token_seconds:.3f} s")
+        lines += self._energy_lines()
         lines += [choice.describe() for choice in self.sync]
         if self.speculates:
             s = self.speculation()
@@ -196,3 +221,24 @@ class Stats:
                 + ("" if each is None else f"; {each:.2f} tokens a decode step")
             )
         return lines + (table_lines(self.ranks) if self.ranks else [])
+
+    def _energy_lines(self) -> list[str]:
+        """Return a line on the energy, if any host can tell."""
+
+        def told(joules: float | None, steps: list[StepStats]) -> str:
+            each = each_token(joules, sum(s.tokens for s in steps))
+            return "-" if joules is None or each is None else f"{joules:.1f} J, {each:.3g} J a token"
+
+        hosts = len({report.host for report in self.ranks})
+        if not self.metered_hosts:
+            return []
+        of = "" if self.metered_hosts == hosts else f" ({self.metered_hosts} of {hosts} hosts can tell)"
+        return [
+            f"energy: prompt {told(self.prefill_joules, self.prefill)};"
+            f" output {told(self.decode_joules, self.decode)}{of}"
+        ]
+
+
+def each_token(joules: float | None, tokens: int) -> float | None:
+    """Return a token's part of some energy; None if it is not known or there are no tokens."""
+    return None if joules is None or not tokens else joules / tokens

@@ -13,10 +13,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..errors import ModelError
+from ..progress import in_bytes
 from .choice import INDEX, Choice, RepoFile, choose
 from .local import Stored, index_of
 from .names import Name
-from .progress import Progress, in_bytes
+from .progress import Downloading
 from .refusals import Refusal, told
 from .transfer import fetch, missing_bytes
 
@@ -127,11 +128,11 @@ class Download:
             total = sum(file.size or 0 for file in todo)
             here = total - sum(self._missing(file) for file in todo)
             if todo and not self._quiet:
-                with Progress(f"downloading {self._label}", total, here) as progress:
+                with Downloading(f"downloading {self._label}", total, here) as progress:
                     progress.say(self._first_line(len(todo), total, here))
                     self._bring(todo, progress)
             else:
-                self._bring(todo, Progress("", total, here, True))
+                self._bring(todo, Downloading("", total, here, True))
             self._stored.keep(self.repository.commit)
         return self.model
 
@@ -144,7 +145,7 @@ class Download:
         files = f"{count} file" + "s" * (count != 1)
         return f"downloading {self._label}: {files}, {in_bytes(total)}{before}, to {self._stored.folder}"
 
-    def _bring(self, files: list[RepoFile], progress: Progress) -> None:
+    def _bring(self, files: list[RepoFile], progress: Downloading) -> None:
         for file in files:
             self._brought.add(file.path)
             if file.sha256 is not None and file.size is not None:
@@ -204,7 +205,7 @@ class Download:
             raise Refusal(f"{file.path}: {problem}; what came has been removed, download it again")
         return path
 
-    def _large(self, file: RepoFile, progress: Progress) -> None:
+    def _large(self, file: RepoFile, progress: Downloading) -> None:
         from huggingface_hub import constants, hf_hub_download, hf_hub_url
         from huggingface_hub.utils import build_hf_headers
 

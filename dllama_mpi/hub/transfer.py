@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from .choice import RepoFile
 from .local import PARTIAL
-from .progress import Progress
+from .progress import Downloading
 from .refusals import Refusal, retry_after
 
 PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)  # seconds after failures in a row in which nothing came
@@ -68,7 +68,7 @@ class _Sink:
 
 
 @contextmanager
-def _alone(file: IO[bytes], progress: Progress) -> Iterator[None]:
+def _alone(file: IO[bytes], progress: Downloading) -> Iterator[None]:
     """Hold a file's lock; another job may be downloading the same."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -78,7 +78,7 @@ def _alone(file: IO[bytes], progress: Progress) -> Iterator[None]:
     yield  # closing the file lets go of it
 
 
-def fetch(url: str, headers: Mapping[str, str], file: RepoFile, blobs: Path, progress: Progress) -> None:
+def fetch(url: str, headers: Mapping[str, str], file: RepoFile, blobs: Path, progress: Downloading) -> None:
     """Download a file whose size and sha256 are known to `blobs`, under its digest.
 
     Raises:
@@ -106,7 +106,7 @@ def fetch(url: str, headers: Mapping[str, str], file: RepoFile, blobs: Path, pro
         partial.replace(target)
 
 
-def _gather(url: str, headers: Mapping[str, str], sink: _Sink, size: int, progress: Progress) -> None:
+def _gather(url: str, headers: Mapping[str, str], sink: _Sink, size: int, progress: Downloading) -> None:
     """Fill the sink, in as many requests as it takes."""
     failures = 0
     while sink.size < size:
@@ -144,7 +144,7 @@ def _is_passing(error: Exception) -> bool:
     return isinstance(error, HfHubHTTPError.__mro__[1])  # of the HTTP client: no connection, a cut, a time-out
 
 
-def _request(url: str, headers: Mapping[str, str], sink: _Sink, size: int, progress: Progress) -> float | None:
+def _request(url: str, headers: Mapping[str, str], sink: _Sink, size: int, progress: Downloading) -> float | None:
     """Ask for the rest of a file and write what comes; return the seconds to wait where the hub asks for that."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session, hf_raise_for_status

@@ -1,6 +1,7 @@
 """One process at a time compiles what a cache of kernels lacks; the others of the host wait, and find it there.
 
 Ranks want the same kernels at the same moment. Where each compiles them, they take the processors from one another.
+Who compiles or waits shows how long that has taken, if it shows progress at all.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from typing import Any
 from numba import config
 from numba.core.caching import FunctionCache
 
+from ..progress import Progress
+
+_WHAT = "compiling kernels"
+
 
 class _Turn:
     """A lock on the cache's folder that this process takes at its first miss and keeps until it has compiled that."""
@@ -24,6 +29,8 @@ class _Turn:
         self._guard = threading.Lock()
         self._depth = 0  # compilations that run, one inside of the other
         self._file: int | None = None
+        self._shown: Progress | None = None
+        self._made, self._seconds = 0, 0.0  # functions compiled, and in what time
 
     @contextlib.contextmanager
     def compilation(self) -> Iterator[None]:
@@ -35,9 +42,33 @@ class _Turn:
         finally:
             with self._guard:
                 self._depth -= 1
-                if self._depth == 0 and self._file is not None:
-                    os.close(self._file)
-                    self._file = None
+                if self._depth == 0:
+                    self._end()
+
+    def _end(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+        if self._shown is not None:
+            self._shown.end()
+            self._made, self._seconds = self._shown.done, self._shown.seconds()
+            self._shown = None
+
+    def miss(self, family: str) -> None:
+        """Show that a function of some family has to be compiled. The time is that of all compilations so far."""
+        with self._guard:
+            if self._depth and self._shown is None:
+                self._shown = Progress(_WHAT, unit="functions", done=self._made)
+                self._shown.started -= self._seconds
+                self._shown.begin()
+            if self._shown is not None:
+                self._shown.what = f"{_WHAT} ({family})"
+
+    def made(self) -> None:
+        """Count a function as compiled."""
+        with self._guard:
+            if self._shown is not None:
+                self._shown.add(1)
 
     def take(self) -> bool:
         """Wait for the lock; return whether it had to be taken: what was missing may be there now."""
@@ -62,6 +93,13 @@ class SharedCache(FunctionCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """Return a compiled function, or None, on which the caller compiles it."""
         found = super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
+        if found is None:
+            _turn.miss(self._py_func.__module__.rpartition(".")[2].replace("_", " "))
         if found is None and _turn.take():
             found = super().load_overload(sig, target_context)  # type: ignore[no-untyped-call]
         return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep a function that has been compiled."""
+        super().save_overload(sig, data)  # type: ignore[no-untyped-call]
+        _turn.made()

@@ -29,9 +29,11 @@ class LinkCurve:
 
     Attributes:
         points: (bytes, seconds), at least two, by growing bytes; between and beyond them the curve is straight.
+        best: the least seconds that the smallest message took; None if it was not measured.
     """
 
     points: tuple[tuple[float, float], ...]
+    best: float | None = None
 
     @staticmethod
     def of(latency: float, bytes_per_second: float) -> LinkCurve:
@@ -129,15 +131,16 @@ def measure_links(
     for pair in progress(host_pairs(hosts)):
         first = hosts.index(pair[0])
         second = next(r for r, host in enumerate(hosts) if host == pair[1] and r != first)
-        points = _points(comm, first, second) if comm.rank in (first, second) else None
-        links[pair] = LinkCurve(comm.bcast(points, first))
+        curve = _curve(comm, first, second) if comm.rank in (first, second) else None
+        links[pair] = comm.bcast(curve, first)
     return links
 
 
-def _points(comm: Any, first: int, second: int) -> tuple[tuple[float, float], ...]:
-    """Return (bytes, seconds) of messages between two ranks, which both call this; only the first rank's count."""
+def _curve(comm: Any, first: int, second: int) -> LinkCurve:
+    """Return the link between two ranks, which both call this, in medians; only the first rank's count."""
     leads, other = comm.rank == first, second if comm.rank == first else first
     points: list[tuple[float, float]] = []
+    best = None
     for size in _SIZES:
         buffer = np.zeros(size, np.uint8)
         trips = _trips(comm, buffer, leads, other)
@@ -148,9 +151,10 @@ def _points(comm: Any, first: int, second: int) -> tuple[tuple[float, float], ..
             comm.send(times, other, Tag.LINK)
         else:
             times = comm.recv(source=other, tag=Tag.LINK)
-        seconds = statistics.median(next(trips) for _ in range(times)) / 2
+        taken = [next(trips) / 2 for _ in range(times)]
+        seconds, best = statistics.median(taken), min(taken) if best is None else best
         points.append((float(size), max(seconds, points[-1][1] if points else 0.0)))  # noise has no say in the order
-    return tuple(points)
+    return LinkCurve(tuple(points), best)
 
 
 def _trips(comm: Any, buffer: np.ndarray, leads: bool, other: int) -> Iterator[float]:

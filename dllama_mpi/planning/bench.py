@@ -6,14 +6,14 @@ import datetime
 import statistics
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ..engine.llm import LLM
 from ..engine.request import Request, SamplingParams
-from ..engine.stats import StepStats
+from ..engine.stats import Stats, StepStats, each_token
 from ..errors import UsageError
 from ..kernels import runtime
 from ..kernels.probe import ReadProbe
@@ -64,10 +64,16 @@ class Test:
 
 @dataclass(frozen=True)
 class Sample:
-    """One repetition: seconds from the request to its last token, and the steps of which it consisted."""
+    """One repetition: seconds from the request to its last token, and the steps of which it consisted.
+
+    Attributes:
+        joules: that the metered hosts used; None if there are none.
+    """
 
     seconds: float
     steps: list[StepStats]
+    joules: float | None = None
+    metered_hosts: int = 0
 
     @property
     def sync_seconds(self) -> float:
@@ -144,6 +150,12 @@ class Result:
         return None if rate is None or limit is None else rate / limit
 
     @property
+    def joules(self) -> float | None:
+        """Energy of all repetitions, of the hosts that can tell; None if none can."""
+        told = [s.joules for s in self.samples if s.joules is not None]
+        return sum(told) if told else None
+
+    @property
     def sync_share(self) -> float:
         """Part of the time that went into synchronisation, 0 to 1."""
         return sum(s.sync_seconds for s in self.samples) / sum(s.seconds for s in self.samples)
@@ -172,6 +184,9 @@ class Result:
             "best_reading_gb_per_s": _giga(max(self.readings, default=None)),
             "share_of_limit": self.share_of_limit,
             "sync_share": self.sync_share,
+            "joules": self.joules,
+            "joules_per_token": each_token(self.joules, self.tokens),
+            "metered_hosts": max(s.metered_hosts for s in self.samples),
             "sent_bytes_per_token": sum(step.sent for s in self.samples for step in s.steps) / self.tokens,
         }
 
@@ -303,9 +318,14 @@ class Bench:
         return [self._memory.rate() for _ in range(times)] if self._memory is not None else []
 
     def _sample(self, test: Test) -> Sample:
-        if not test.prompt:  # the last token of the past is fed in the first decode step
-            return self._feed(test, 1, test.generated)
-        return self._feed(test, test.prompt, test.generated + 1)  # the last of these tokens is not fed
+        # Without a prompt the last token of the past is fed in the first decode step; else the last one is not fed.
+        lengths = (test.prompt, test.generated + 1) if test.prompt else (1, test.generated)
+        energy = Stats()
+        self.llm.engine.times(energy)  # begin counting anew
+        sample = self._feed(test, *lengths)
+        self.llm.engine.times(energy)
+        phases = [joules for joules in (energy.prefill_joules, energy.decode_joules) if joules is not None]
+        return replace(sample, joules=sum(phases) if phases else None, metered_hosts=energy.metered_hosts)
 
     def _feed(self, test: Test, prompt: int, output: int) -> Sample:
         """Feed prompts of the depth and `prompt` more tokens, of which the cache holds the depth's; generate."""

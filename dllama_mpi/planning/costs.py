@@ -231,6 +231,8 @@ class Host:
 
     Attributes:
         free: bytes of memory it can give. read: bytes a second that its ranks together read; None if not known.
+        other_load, stolen: the parts of its processors, 0 to 1, that other programs and other virtual machines took
+            while it was measured; None if it was not.
     """
 
     name: str
@@ -239,6 +241,8 @@ class Host:
     instruction_set: str | None
     free: int
     read: float | None
+    other_load: float | None = None
+    stolen: float | None = None
 
 
 @dataclass(frozen=True)

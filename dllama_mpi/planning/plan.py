@@ -24,6 +24,8 @@ from .costs import (
     work_of,
 )
 
+_BUSY = 0.1  # of a host's processors, from which others disturb what is measured
+_UNEVEN = 4.0  # times the best latency that the median may be
 _WORTH = 1.05  # by how much another split must be faster to be advised
 
 
@@ -76,11 +78,18 @@ def plan(question: Question, cluster: Cluster) -> dict[str, Any]:
                 "instruction_set": host.instruction_set,
                 "free_bytes": host.free,
                 "read_gb_per_s": None if host.read is None else host.read / 1e9,
+                "other_load": host.other_load,
+                "stolen": host.stolen,
             }
             for host in cluster.hosts
         ],
         "links": [
-            {"hosts": list(pair), "latency_us": 1e6 * link.latency, "mbit_per_s": 8e-6 * link.bytes_per_second}
+            {
+                "hosts": list(pair),
+                "latency_us": 1e6 * link.latency,
+                "best_latency_us": None if link.best is None else 1e6 * link.best,
+                "mbit_per_s": 8e-6 * link.bytes_per_second,
+            }
             for pair, link in cluster.network.links.items()
         ],
         "ranks": [
@@ -97,6 +106,7 @@ def plan(question: Question, cluster: Cluster) -> dict[str, Any]:
         "counts": counts,
         "best_ranks": {"decode": best("decode"), "prefill": best("prefill")},
         "advice": list(dict.fromkeys(_advice(question, cluster, counts))),
+        "disturbances": list(_disturbances(cluster)),
     }
 
 
@@ -181,6 +191,21 @@ def _told(cost: Cost, tokens: int) -> dict[str, Any]:
         "synchronisation_ms": 1e3 * cost.synchronisation,
         "overhead_ms": 1e3 * cost.overhead,
     }
+
+
+# ---- what to believe
+
+
+def _disturbances(cluster: Cluster) -> Iterator[str]:
+    """Yield what disturbed the measuring: others at work on a host, or messages that took far longer than they need."""
+    for host in cluster.hosts:
+        for part, who in ((host.other_load, "other programs"), (host.stolen, "other virtual machines")):
+            if part is not None and part > _BUSY:
+                yield f"{who} took {part:.0%} of {host.name}'s processors"
+    for (first, second), link in cluster.network.links.items():
+        if link.best is not None and link.latency > _UNEVEN * link.best:
+            where = f"within {first}" if first == second else f"between {first} and {second}"
+            yield f"messages {where} took {1e6 * link.latency:,.1f} us, at best {1e6 * link.best:,.1f} us"
 
 
 # ---- what to change

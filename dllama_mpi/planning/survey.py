@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ..engine.rank_report import Stopwatch, reports
 from ..kernels import runtime
 from ..kernels.probe import ReadProbe
 from ..model.tensors import axes
@@ -44,7 +45,10 @@ def survey(group: TensorParallelGroup, job: Job, progress: Progress = iter) -> C
         lambda: _together(group, job),
         lambda: _fewer(group, job),
     ]
+    watch = Stopwatch(1 / group.size)
+    watch.start()
     hosts, network, thin, (sample, decode, prefill, attention), fewer = [stage() for stage in progress(stages)]
+    hosts = _disturbed(group, watch, hosts)
     c, sent = job.config, job.kept.payload
     points = (
         (float(payload_bytes(c, 1, sent)), _each(decode.waiting - thin.root_step, sample.work)),
@@ -59,6 +63,14 @@ def survey(group: TensorParallelGroup, job: Job, progress: Progress = iter) -> C
         here = {host: group.hosts[:count].count(host) for host in group.hosts}
         speeds.append(tuple(everybody[r][1].get(here[group.hosts[r]], everybody[r][0]) for r in range(count)))
     return Cluster(hosts, tuple(group.allgather(job.threads)), network, tuple(speeds), measured)
+
+
+def _disturbed(group: TensorParallelGroup, watch: Stopwatch, hosts: tuple[Host, ...]) -> tuple[Host, ...]:
+    """Return the hosts with what others took of their processors since the watch began. Collective."""
+    found = {each.host: each for each in reports(group.hosts, group.allgather(watch.report()), None)}
+    return tuple(
+        replace(host, other_load=found[host.name].other_load, stolen=found[host.name].stolen) for host in hosts
+    )
 
 
 def _each(seconds: float, work: Work) -> float:

@@ -17,10 +17,11 @@ from ..architectures.gguf_keys import gguf_architecture, gguf_keys, rope_factors
 from ..architectures.gguf_layout import GgufTensor, bits_of, layout, pieces, types_of
 from ..errors import ModelError
 from ..kernels.layout import FORMATS, TileFormat
-from ..log import progress_bytes, say
+from ..log import say
 from ..model.config import ModelConfig
 from ..model.recipe import WeightRecipe
 from ..model.tensors import TABLE, Kind, tensors
+from ..progress import progress_bytes
 from ..text.gguf_tokenizer import MODEL
 from ..text.gguf_vocabulary import vocabulary_keys
 from ..weights.blocks import BlockTensor

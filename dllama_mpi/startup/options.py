@@ -13,6 +13,7 @@ from ..model.config import ModelConfig
 from ..model.recipe import WeightRecipe, default_kv_type, described
 from ..parallel.collective.table import MPI, PAYLOADS, SYNCS
 from ..parallel.watchdog import LEAST_TIMEOUT, LONGEST_TIMEOUT, TIMEOUT
+from ..progress import MODES
 
 MAX_STEP_MS = 250.0
 SPECULATIONS = ("off", "lookup")
@@ -46,7 +47,8 @@ class Options:
             "none": nowhere. cache_limit: the most to keep there, GB; None: 20, or half of what the disk has free.
         bind: keep each rank on cores of its own, and each of its threads on one.
         timeout: seconds of silence after which a rank counts as lost and the job ends; 0: only a rank that died does.
-        quiet: print nothing on stderr.
+        quiet: print nothing on stderr. progress: how the root, unless quiet, shows there how far it is: "bar", "lines",
+            "auto" (a bar if stderr ends at a terminal) or "off"; None: what DLLAMA_MPI_PROGRESS says, else auto.
     """
 
     model: str
@@ -70,6 +72,7 @@ class Options:
     bind: bool = False
     timeout: float = TIMEOUT
     quiet: bool = True
+    progress: str | None = None
 
     @property
     def step_limit(self) -> float:
@@ -83,6 +86,7 @@ class Options:
             ("kv_type", KV_TYPES),
             ("sync", SYNCS),
             ("speculate", SPECULATIONS),
+            ("progress", MODES),
         )
         for name, allowed in choices:
             value = getattr(self, name)

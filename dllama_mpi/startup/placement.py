@@ -17,6 +17,7 @@ from ..model.recipe import slice_parts
 from ..parallel.group import TensorParallelGroup
 from ..parallel.partition import Shard
 from ..parallel.stream import together_at_rest
+from ..progress import Progress
 from ..weights.cache import NoRoom, SliceWriter, WeightCache, remove
 from ..weights.checkpoint import name_of
 from ..weights.slice_tensors import DamagedSlice
@@ -218,17 +219,18 @@ class Placement:
             ModelError: what the root or this rank reads cannot be read, or not written. MemoryError.
         """
         built: T | None = None
-        started = time.perf_counter()
-        for attempt in range(2):
-            with together_at_rest(self._group):
-                if self._fetch() and built is None and self.source is not None:
-                    try:
-                        built = build(self.source)
-                    except DamagedSlice as error:
-                        self._replace(error, attempt)
-            if all(self._group.allgather(built is not None)):
-                break
-            self._share(self.origin if built is None else replace(self.origin, received=0))
+        started, others = time.perf_counter(), self._group.is_root and self._group.size > 1
+        with Progress("waiting for the weights of other ranks", show=others and not self._quiet):
+            for attempt in range(2):
+                with together_at_rest(self._group):
+                    if self._fetch() and built is None and self.source is not None:
+                        try:
+                            built = build(self.source)
+                        except DamagedSlice as error:
+                            self._replace(error, attempt)
+                if all(self._group.allgather(built is not None)):
+                    break
+                self._share(self.origin if built is None else replace(self.origin, received=0))
         assert built is not None
         self._tell(time.perf_counter() - started)
         return built

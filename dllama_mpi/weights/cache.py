@@ -293,3 +293,9 @@ def _alone(folder: Path) -> Iterator[None]:
             except OSError:  # no locks here
                 break
         yield
+
+
+def cache_of(given: str | None, limit: float | None) -> WeightCache | None:
+    """Return the cache that --cache-dir and --cache-limit, in GB, mean on this host; None for "none"."""
+    folder = folder_of(given)
+    return None if folder is None else WeightCache(folder, None if limit is None else int(1e9 * limit))

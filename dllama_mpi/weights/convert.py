@@ -21,9 +21,9 @@ from pathlib import Path
 from ..errors import ClusterError, DllamaError, UsageError
 from ..kernels import runtime
 from ..kernels.layout import TileFormat
-from ..log import progress, progress_bytes
 from ..parallel.group import TensorParallelGroup
 from ..parallel.stream import together_at_rest
+from ..progress import progress_bytes
 from .checkpoint import LAYOUT, LAYOUT_KEY, LINEAGE_KEY, format_metadata
 from .files import (
     PIECE_BYTES,
@@ -51,7 +51,7 @@ class Conversion:
 
     Attributes:
         source: must hold the whole model. formats: of every matrix. parts: every tensor, whole.
-        show_progress: draw a bar on the root's stderr, if that is a terminal.
+        show_progress: tell on the root how far it is.
         more: small files that the source does not have as files.
     """
 
@@ -244,19 +244,19 @@ def _write_all(
 ) -> None:
     """Write the files, one a rank and turn; after each turn the ranks agree on whether to go on."""
 
-    def work() -> Iterator[None]:
+    def work() -> Iterator[int]:
         for turn in range(0, len(files), group.size):
             with group.together(), told(partial.destination):
                 for file in files[turn + group.rank : turn + group.size : group.size]:
                     yield from _write(source, file, partial.path)
 
-    total = sum(len(entry.pieces(PIECE_BYTES)) for file in files[group.rank :: group.size] for entry in file.entries)
-    for _ in progress(work(), "converting", show_progress and group.is_root, total):
+    total = sum(file.size - len(file.header) for file in files[group.rank :: group.size])
+    for _ in progress_bytes(work(), "converting", show_progress and group.is_root, total):
         pass
 
 
-def _write(source: WeightSource, file: File, folder: Path) -> Iterator[None]:
-    """Write one file to the disk, yielding after each piece.
+def _write(source: WeightSource, file: File, folder: Path) -> Iterator[int]:
+    """Write one file to the disk, yielding the bytes of each piece.
 
     Plainly, not through a map: a disk that fills up is then an error, not a signal that kills the process.
     """
@@ -264,6 +264,5 @@ def _write(source: WeightSource, file: File, folder: Path) -> Iterator[None]:
         out.write(file.header)
         for entry in file.entries:
             for piece in entry.pieces(PIECE_BYTES):
-                out.write(read_piece(source, entry, piece).data)
-                yield
+                yield out.write(read_piece(source, entry, piece).data)
         sync(out)

@@ -8,9 +8,9 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import ClusterError
-from ..log import progress_bytes
 from ..parallel.group import TensorParallelGroup
 from ..parallel.stream import Inbox, Outbox
+from ..progress import progress_bytes
 from .files import Entry, File
 from .slices import CHECKSUMS, STREAM_BYTES, Checksums, SliceReader
 from .source import WeightSource

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -14,7 +17,7 @@ PLAN = ["-m", "dllama_mpi", "plan", "--nthreads", "1", "--prefill-chunk", "32", 
 KEYS = {
     "model", "n_params", "weights", "kv_type", "buffer_float_type", "prefill_chunk", "split", "n_prompt", "n_gen",
     "n_depth", "source", "hosts", "links", "ranks", "counts", "best_ranks", "advice", "bits_per_weight",
-    "bytes_per_token",
+    "bytes_per_token", "disturbances",
 }  # fmt: skip
 COST = {"tokens_per_second", "ms", "weights_ms", "attention_ms", "synchronisation_ms", "overhead_ms"}
 
@@ -48,6 +51,24 @@ def test_json(ranks: int) -> None:
             assert count["ranks"] > 1 or count[phase]["synchronisation_ms"] == 0
     assert 1 <= report["best_ranks"]["decode"] <= ranks
     assert "\r" not in done.stderr  # no terminal, no progress
+
+
+@pytest.mark.slow
+def test_a_busy_machine_is_told() -> None:
+    cores = os.cpu_count() or 1
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cores)]
+    try:
+        done = mpiexec(2, [*PLAN, "--random", "tiny", "-o", "json"])
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+    report = json.loads(done.stdout)
+    (host,) = report["hosts"]
+    assert host["other_load"] > 0.1
+    assert any("other programs took" in each for each in report["disturbances"])
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert "the machine was busy" in line
 
 
 @pytest.mark.slow  # kernels of its own

@@ -27,6 +27,7 @@ LEVELS = (
     ("weights", "text", "hub"),
     ("parallel",),
     ("kernels",),
+    ("progress",),
     ("errors", "log"),
 )
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

@@ -56,6 +56,23 @@ def test_speeds_and_memory_at_each_number_of_ranks() -> None:
     assert report["counts"][0]["decode"]["synchronisation_ms"] == 0
 
 
+def test_what_disturbed_the_measuring_is_told() -> None:
+    calm = cluster([10, 10], [8, 8])
+    report = plan(QUESTION, calm)
+    assert report["disturbances"] == []
+    assert report["hosts"][0]["other_load"] is report["links"][0]["best_latency_us"] is None
+    points = ((64.0, 5e-3), (2e5, 7e-3))
+    hosts = (replace(calm.hosts[0], other_load=0.62, stolen=0.05), replace(calm.hosts[1], other_load=0.0, stolen=0.2))
+    for best, uneven in ((1e-6, True), (4e-3, False)):
+        links = Network(calm.network.hosts, {("h0", "h1"): LinkCurve(points, best)})
+        told = plan(QUESTION, replace(calm, hosts=hosts, network=links))["disturbances"]
+        assert told[:2] == [
+            "other programs took 62% of h0's processors",
+            "other virtual machines took 20% of h1's processors",
+        ]
+        assert told[2:] == ["messages between h0 and h1 took 5,000.0 us, at best 1.0 us"] * uneven
+
+
 def test_windows_need_less_memory_for_long_texts() -> None:
     """A context that would not fit if every layer kept all of it: 18 GB of KV cache."""
     config = model_config("random:gemma3-4b")

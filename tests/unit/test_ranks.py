@@ -101,7 +101,7 @@ def test_the_stopwatch_parts_compute_from_wait() -> None:
     watch.start()
     sum(range(10000))
     watch.gathered(1e-6)
-    watch.stop(2e-6)
+    watch.stop(2e-6, is_decode=True)
     first, second = watch.report(), watch.report()
     assert first.share == 0.5
     assert first.wait_seconds == pytest.approx(3e-6)
