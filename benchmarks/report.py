@@ -87,8 +87,8 @@ def finish(report: dict[str, Any], path: str | None) -> None:
     print(json.dumps(report), flush=True)
 
 
-def figure(width: float = 9, height: float = 5.5) -> tuple[Any, Any]:
-    """Return a matplotlib figure and its axes.
+def figure(width: float = 9, height: float = 5.5, columns: int = 1) -> tuple[Any, Any]:
+    """Return a matplotlib figure and its axes, or the axes of several pictures beside each other.
 
     Raises:
         SystemExit: matplotlib is not installed.
@@ -100,7 +100,7 @@ def figure(width: float = 9, height: float = 5.5) -> tuple[Any, Any]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    return pyplot.subplots(1, columns, figsize=(width, height), layout="constrained")
 
 
 def save(drawn: Any, path: str) -> None:
