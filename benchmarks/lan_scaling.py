@@ -28,7 +28,7 @@ from dllama_mpi.kernels.runtime import usable_cores
 from dllama_mpi.log import progress
 from dllama_mpi.parallel.collective.table import ALGORITHMS
 
-HERE = Path(__file__).resolve().parent
+SURVEY = Path(__file__).resolve().with_name("lan_survey.py")
 RESULTS = Path("results/lan_scaling.json")
 PHASES = ("decode", "prefill")
 
@@ -43,7 +43,9 @@ def options() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], epilog="Other options, such as --weights q80, go to bench."
     )
-    parser.add_argument("--random", default="llama3.2-1b", metavar="SHAPE", help="as of bench (default: llama3.2-1b)")
+    model = parser.add_mutually_exclusive_group()
+    model.add_argument("--random", default="llama3.2-1b", metavar="SHAPE", help="as of bench (default: llama3.2-1b)")
+    model.add_argument("--model", metavar="MODEL", help="instead: as of bench")
     parser.add_argument("--ranks", type=whole_numbers, default=[1, 2, 4], metavar="N,...", help="(default: 1,2,4)")
     parser.add_argument(
         "--links",
@@ -55,9 +57,7 @@ def options() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("-p", "--n-prompt", type=int, default=512, metavar="N")
     parser.add_argument("-n", "--n-gen", type=int, default=64, metavar="N")
     parser.add_argument("-r", "--rounds", type=int, default=5, metavar="N")
-    parser.add_argument(
-        "--write", metavar="FOLDER", help="replace the table in RESULTS.md there, and results/ beside it"
-    )
+    parser.add_argument("--write", metavar="FOLDER", help="also replace the table in RESULTS.md there, and results/")
     add_output_options(parser)
     return parser.parse_known_args()
 
@@ -96,25 +96,18 @@ def measure(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
     cores = len(usable_cores())
     todo = jobs(args.ranks, args.links, cores)
     lengths = ["-p", str(args.n_prompt), "-n", str(args.n_gen)]
-    rest = ["--random", args.random, *rest]
+    rest = [*(["--model", args.model] if args.model else ["--random", args.random]), *rest]
     rates = ",".join(name(mbit) for mbit in args.links if mbit is not None)
     runs: dict[tuple[int, int | None], list[dict[str, dict[str, Any]]]] = {job: [] for job in todo}
     others: list[float] = []
     with lan(max(args.ranks)) as hosts:
         surveys, links = {}, {}
         for count in progress(sorted({count for count, _ in todo if count <= cores}), "surveys", True):
-            line = [
-                str(HERE / "lan_survey.py"),
-                *lengths,
-                "--nthreads",
-                "1",
-                *rest,
-                *(["--mbit", rates] if rates else []),
-            ]
+            line = [str(SURVEY), *lengths, "--nthreads", "1", *rest, *(["--mbit", rates] if rates else [])]
             surveys[count] = json.loads(hosts.run(count, line))
         for mbit in dict.fromkeys(mbit for count, mbit in todo if count > 1):
             hosts.shape(mbit)
-            links[name(mbit)] = json.loads(hosts.run(2, [str(HERE / "lan_survey.py"), "--link-only"]))["link"]
+            links[name(mbit)] = json.loads(hosts.run(2, [str(SURVEY), "--link-only"]))["link"]
         for number in progress(range(args.rounds), "rounds", True):
             for count, mbit in todo:
                 if count > cores and number:
@@ -188,25 +181,19 @@ def least(choice: dict[str, Any], ranks: int, layers: int) -> float | None:
 
 def report(found: dict[str, Any]) -> str:
     """Return the figures as Markdown."""
-    head = [
-        "hosts",
-        "link",
-        "decode",
-        "predicted",
-        "ratio",
-        "prefill",
-        "predicted",
-        "ratio",
-        "kB a token",
-        "on the wire",
-    ]
+    head = ["hosts", "link"]
+    for phase in PHASES:
+        head += [phase, "predicted", "ratio"]
+    head += ["kB a token", "on the wire"]
     rows = [[str(r["hosts"]), link_name(r), *speed_cells(r), *byte_cells(r)] for r in found["records"]]
     shape = found["model_filename"].removeprefix("random:")
+    model = shape if shape == found["model_filename"] else f"{shape} with random weights"
     note = (
-        f"{found['date']}, {found['cores']} cores of {found['processor']} ({found['instruction_set']}), a core and a thread"
-        f" a host; {shape} with random weights in {found['weights']}, messages in {found['buffer_float_type']}; decode of"
-        f" {found['n_gen']} tokens, prefill of {found['n_prompt']}; tokens/s, medians of {found['rounds']} rounds (least to"
-        f" most). Between jobs other programs took up to {found['others_cpu_share']:.0%} of the processors."
+        f"{found['date']}, {found['cores']} cores of {found['processor']} ({found['instruction_set']}), one for each"
+        f" host; {model} in {found['weights']}, messages in {found['buffer_float_type']}."
+        f" tokens/s of {found['n_gen']} tokens generated and of a prompt of {found['n_prompt']}: medians of"
+        f" {found['rounds']} rounds (least to most). Between jobs other programs took up to"
+        f" {found['others_cpu_share']:.0%} of the processors."
     )
     if found["others_cpu_share"] > CALM:
         note += " **That is too much: measure again when it is calm.**"
@@ -251,9 +238,8 @@ def links_line(found: dict[str, Any]) -> str:
     for rate, points in found["links"].items():
         (_, soon), (small, early), *_, (large, late) = points
         reached = 8e-6 * (large - small) / max(late - early, 1e-9)
-        told.append(
-            f"{'no limit' if rate == 'none' else rate + ' Mbit/s'}: {1e6 * soon:.0f} us and {reached:.0f} Mbit/s"
-        )
+        called = "no limit" if rate == "none" else f"{rate} Mbit/s"
+        told.append(f"{called}: {1e6 * soon:.0f} us and {reached:.0f} Mbit/s")
     return f"Links as messages between two ranks saw them, latency and rate: {'; '.join(told)}." if told else ""
 
 

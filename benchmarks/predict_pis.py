@@ -144,10 +144,10 @@ def report(found: dict[str, list[dict[str, Any]]]) -> str:
     for shape, name in MODELS.items():
         others = [figure for figure in published() if figure["model"] == shape]
         read = found[shape][0]["read_gb_per_token_of_a_host"]
+        about = f"never measured; weights in {DEFAULT}, of which a token reads {read:.2f} GB"
         parts.append(
-            f"### {name}\n\n**Predicted for this program**, never measured; weights in {DEFAULT}, of which a token reads"
-            f" {read:.2f} GB:\n\n"
-            f"{table(found[shape])}\n**Published of other programs**, measured by others:\n\n{published_table(others)}"
+            f"### {name}\n\n**Predicted for this program**, {about}:\n\n{table(found[shape])}\n"
+            f"**Published of other programs**, measured by others:\n\n{published_table(others)}"
         )
     return "\n".join(parts)
 
