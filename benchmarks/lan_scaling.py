@@ -21,12 +21,11 @@ from typing import Any
 import marked
 import psutil
 from lan import GOODPUT, Lan, lan
-from report import CALM, COLOURS, add_output_options, figure, finish, save, whole_numbers
+from report import CALM, COLOURS, add_output_options, figure, finish, least_kb, pyplot, save, whole_numbers
 
 from dllama_mpi.errors import DllamaError
 from dllama_mpi.kernels.runtime import usable_cores
 from dllama_mpi.log import progress
-from dllama_mpi.parallel.collective.table import ALGORITHMS
 
 SURVEY = Path(__file__).resolve().with_name("lan_survey.py")
 RESULTS = Path("results/lan_scaling.json")
@@ -115,7 +114,7 @@ def measure(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
                 others.append(busy())
                 hosts.shape(mbit)
                 runs[count, mbit].append(bench(hosts, count, lengths, rest))
-    first = runs[todo[0]][0]["decode"]
+    last = runs[todo[-1]][0]["decode"]
     return {
         "benchmark": "lan_scaling",
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
@@ -125,7 +124,7 @@ def measure(args: argparse.Namespace, rest: list[str]) -> dict[str, Any]:
         "rounds": args.rounds,
         "n_prompt": args.n_prompt,
         "n_gen": args.n_gen,
-        **{key: first[key] for key in ("model_filename", "instruction_set", "weights", "buffer_float_type")},
+        **{key: last[key] for key in ("model_filename", "instruction_set", "weights", "buffer_float_type")},
         "links": links,
         "surveys": {str(count): survey["speeds"] for count, survey in surveys.items()},
         "records": [record(job, runs[job], surveys.get(job[0]), cores) for job in todo],
@@ -163,17 +162,9 @@ def record(
             sent = last[phase]["sent_bytes_per_token"] / 1e3
             found[f"{phase}_sent_kb_per_token"] = sent
             found[f"{phase}_wire_ms_per_token"] = None if mbit is None else sent / (0.125 * mbit * GOODPUT)
-        choice = last["decode"]["sync"][0]
-        found["algorithm"] = choice["algorithm"]
-        found["least_kb_per_token"] = least(choice, ranks, last["decode"]["n_layers"])
+        found["algorithm"] = last["decode"]["sync"][0]["algorithm"]
+        found["least_kb_per_token"] = least_kb(last["decode"], ranks)
     return found
-
-
-def least(choice: dict[str, Any], ranks: int, layers: int) -> float | None:
-    """Return the kB that the all-reduces of a token must send from a rank; None where that is not known."""
-    if choice["algorithm"] not in ALGORITHMS or choice["algorithm"] in ("two-level", "mpi"):
-        return None
-    return 2 * layers * ALGORITHMS[choice["algorithm"]].payloads.of(ranks) * float(choice["bytes"]) / 1e3
 
 
 # ---- telling
@@ -247,7 +238,8 @@ def draw(found: dict[str, Any], path: str) -> None:
     """Draw what was measured, with its spread, beside what was predicted."""
     drawn, axes = figure(10, 4.5, columns=2)
     timed = [r for r in found["records"] if "decode" in r]
-    places, labels = range(len(timed)), [f"{r['hosts']} host{'s' * (r['hosts'] > 1)}\n{link_name(r)}" for r in timed]
+    places = range(len(timed))
+    labels = ["1 host" if r["hosts"] == 1 else f"{r['hosts']} hosts\n{link_name(r)}" for r in timed]
     for axis, phase in zip(axes, PHASES, strict=True):
         got = [r[phase] for r in timed]
         middle = [each["tokens_per_second"] for each in got]
@@ -266,6 +258,8 @@ def main() -> None:
     """Print the table and a line of JSON; draw and write what is asked for."""
     args, rest = options()
     folder = None if args.write is None else Path(args.write)
+    if folder is not None or args.plot:
+        pyplot()  # what is missing is told before all is measured
     if folder is not None:
         marked.part((folder / "RESULTS.md").read_text(encoding="utf-8"), "measured")
     try:

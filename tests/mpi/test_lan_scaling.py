@@ -27,7 +27,7 @@ def test_table_figures_and_picture(tmp_path: Path) -> None:
     shutil.copy(SCRIPT.with_name("RESULTS.md"), tmp_path)
     lengths = "--model demo --ranks 1,2 --links 1000 -p 16 -n 4 -r 1"
     written = ["--write", str(tmp_path)] if has_pictures else []
-    done = run([sys.executable, str(SCRIPT), *lengths.split(), *written, "--json", str(tmp_path / "f.json")])
+    done = run([sys.executable, str(SCRIPT), *lengths.split(), *written, "--json", str(tmp_path / "f.json")], 1200)
     if done.returncode == 2 and "RTNETLINK" in done.stderr:
         pytest.skip(f"network namespaces cannot be made here: {done.stderr}")
     assert done.returncode == 0, done.stderr

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from dllama_mpi.errors import ClusterError
+from dllama_mpi.kernels.simd import EMITTERS
 from dllama_mpi.planning.cluster_file import read_cluster
 from dllama_mpi.planning.plan import plan
 from tests.mpi.launch import ROOT
 from tests.unit import vector_code
-from tests.unit.test_isa import ARM, EMITTERS
+from tests.unit.test_isa import ARM
 
 FOLDER = ROOT / "benchmarks"
 OWN = ("lan", "lan_scaling", "marked", "predict_pis", "report")
