@@ -40,6 +40,29 @@ COUNTS = (1, 2, 4, 8)
 POSITIONS, PROMPT, GENERATED = 4096, 512, 128
 
 
+def clusters() -> dict[str, list[Cluster]]:
+    """Return what is assumed of each board: at low and at high rates."""
+    return {
+        board: [read_cluster(str(HERE / "clusters" / f"{board}-{end}.toml")) for end in ("low", "high")]
+        for board in SIZES
+    }
+
+
+def assumptions(known: dict[str, list[Cluster]]) -> str:
+    """Return what is assumed as a table."""
+    every = [cluster for both in known.values() for cluster in both]
+    speeds, links = [c.speeds[0][0] for c in every], [next(iter(c.network.links.values())) for c in every]
+    lines = {
+        "decode goes through weights, GB/s": [f"{s.decode / 1e9:.1f}" for s in speeds],
+        "prefill, 10^9 multiply-adds a second": [f"{(s.prefill or 0.0) / 1e9:.1f}" for s in speeds],
+        "a layer besides its weights, us a token": [f"{1e6 * s.layer_seconds:.0f}" for s in speeds],
+        "a message besides its bytes, us": [f"{1e6 * link.latency:.0f}" for link in links],
+        "a link, Mbit/s": [f"{8e-6 * link.bytes_per_second:.0f}" for link in links],
+    }
+    head = ["assumed", "Pi 4, first figure", "Pi 4, second", "Pi 5, first figure", "Pi 5, second"]
+    return marked.markdown(head, [[line, *cells] for line, cells in lines.items()])
+
+
 def question_of(shape: str) -> Question:
     """Return what is predicted for: a model as the program keeps it unless told otherwise."""
     config = model_config(f"random:{shape}")
@@ -69,17 +92,13 @@ def tokens_per_second(question: Question, works: list[Work], cluster: Cluster, h
 
 def predictions(shape: str) -> list[dict[str, Any]]:
     """Return what is predicted of a model: a record for each board and number of hosts."""
-    question, found = question_of(shape), []
-    clusters = {
-        board: [read_cluster(str(HERE / "clusters" / f"{board}-{end}.toml")) for end in ("low", "high")]
-        for board in SIZES
-    }
+    question, known, found = question_of(shape), clusters(), []
     for hosts in COUNTS:
         parts, names = shards(question, hosts), [f"pi{i}" for i in range(hosts)]
         works = [work_of(question.config, part, question.kept.formats, question.kept.kv_type) for part in parts]
         needed = max(sum(question.memory.parts(part, names, POSITIONS).values()) for part in parts) / 1e9
         for board, sizes in SIZES.items():
-            low, high = (tokens_per_second(question, works, cluster, hosts) for cluster in clusters[board])
+            low, high = (tokens_per_second(question, works, cluster, hosts) for cluster in known[board])
             found.append(
                 {
                     "model": shape,
@@ -140,7 +159,7 @@ def published_table(figures: list[dict[str, Any]]) -> str:
 
 def report(found: dict[str, list[dict[str, Any]]]) -> str:
     """Return all of it as Markdown."""
-    parts = []
+    parts = [assumptions(clusters())]
     for shape, name in MODELS.items():
         others = [figure for figure in published() if figure["model"] == shape]
         read = found[shape][0]["read_gb_per_token_of_a_host"]
