@@ -14,6 +14,7 @@ import psutil
 
 from dllama_mpi.cli.options import table
 from dllama_mpi.kernels import probe, runtime
+from dllama_mpi.parallel.collective.table import ALGORITHMS
 
 CALM = 0.08  # share of the processors that others may take before figures are doubtful
 COLOURS = ("#1f4e79", "#c55a11", "#548235", "#7f6000", "#7030a0", "#808080")
@@ -87,8 +88,21 @@ def finish(report: dict[str, Any], path: str | None) -> None:
     print(json.dumps(report), flush=True)
 
 
-def figure(width: float = 9, height: float = 5.5) -> tuple[Any, Any]:
-    """Return a matplotlib figure and its axes.
+def least_kb(decode: dict[str, Any], ranks: int) -> float | None:
+    """Return the kB that a token's all-reduces must send from the busiest rank; None where that depends on the hosts.
+
+    decode: a record of `bench`.
+    """
+    if not decode["sync"]:
+        return 0.0
+    choice = decode["sync"][0]
+    if choice["algorithm"] in ("two-level", "mpi"):
+        return None
+    return 2 * decode["n_layers"] * ALGORITHMS[choice["algorithm"]].payloads.of(ranks) * float(choice["bytes"]) / 1e3
+
+
+def pyplot() -> Any:
+    """Return matplotlib's module for pictures in files.
 
     Raises:
         SystemExit: matplotlib is not installed.
@@ -96,11 +110,20 @@ def figure(width: float = 9, height: float = 5.5) -> tuple[Any, Any]:
     try:
         import matplotlib
     except ImportError:
-        sys.exit("error: --plot needs matplotlib; pip install 'dllama-mpi[plot]'")
+        sys.exit("error: a picture needs matplotlib; pip install 'dllama-mpi[plot]'")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(figsize=(width, height), layout="constrained")
+    return pyplot
+
+
+def figure(width: float = 9, height: float = 5.5, columns: int = 1) -> tuple[Any, Any]:
+    """Return a matplotlib figure and its axes, or the axes of several pictures beside each other.
+
+    Raises:
+        SystemExit: matplotlib is not installed.
+    """
+    return pyplot().subplots(1, columns, figsize=(width, height), layout="constrained")
 
 
 def save(drawn: Any, path: str) -> None:

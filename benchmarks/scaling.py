@@ -17,9 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from report import COLOURS, add_output_options, figure, finish, save, say_table, whole_numbers
-
-from dllama_mpi.parallel.collective.table import ALGORITHMS
+from report import COLOURS, add_output_options, figure, finish, least_kb, save, say_table, whole_numbers
 
 
 def options() -> tuple[argparse.Namespace, list[str]]:
@@ -71,10 +69,6 @@ def main() -> None:
     records = []
     for ranks in args.ranks:
         prefill, decode = job(launcher, ranks, ["bench", *lengths, "-r", args.repetitions, *rest])
-        algorithm, payload = decode["sync"][0]["algorithm"] if decode["sync"] else "shared", 0.0
-        if decode["sync"]:
-            payload = decode["sync"][0]["bytes"] / 1e3
-        least = None if algorithm in ("two-level", "mpi") else ALGORITHMS[algorithm].payloads.of(ranks) * payload
         records.append(
             {
                 "ranks": ranks,
@@ -82,10 +76,10 @@ def main() -> None:
                 "predicted_decode": predicted[ranks]["decode"]["tokens_per_second"],
                 "prefill_tokens_per_second": prefill["avg_ts"],
                 "predicted_prefill": predicted[ranks]["prefill"]["tokens_per_second"],
-                "algorithm": algorithm if ranks > 1 else None,
+                "algorithm": decode["sync"][0]["algorithm"] if decode["sync"] else None,
                 "sync_share": decode["sync_share"],
                 "sent_kb_per_token": decode["sent_bytes_per_token"] / 1e3,
-                "least_kb_per_token": None if least is None else 2 * decode["n_layers"] * least,
+                "least_kb_per_token": least_kb(decode, ranks),
             }
         )
     head = ["ranks", "decode t/s", "predicted", "prefill t/s", "predicted", "all-reduce", "sync", "kB/token", "least"]
