@@ -1,7 +1,7 @@
 """What ends the jobs of a test run that was killed: run as a program, it waits for that run's end and clears up.
 
-usage: guard.py MARK, with the other end of a pipe on standard input that is closed, by the kernel if need be, when the
-run is over.
+usage: guard.py MARK [FOLDER], with the other end of a pipe on standard input that is closed, by the kernel if need be,
+when the run is over. FOLDER, where the run's jobs have their temporary files, is removed then.
 
 Every process of a run has MARK in its environment, or MARK/MORE, a job of the run. Launchers put ranks into sessions of
 their own, and a killed run cannot tell anybody what it has started: the environment is what all of them keep.
@@ -23,6 +23,8 @@ from pathlib import Path
 VARIABLE = "DLLAMA_MPI_TEST_RUN"
 NETWORK = "dllama-test-"  # before the process id of the run in a network namespace's name
 FOLDER = "dllama-test-"  # and in that of a folder in the system's temporary one
+SHARED_MEMORY = Path("/dev/shm")
+_SEGMENT = re.compile(r"(mpich_shm_|sm_segment\.|vader_segment\.|dllama_mpi-)")  # MPICH's, Open MPI 5's and 4's, ours
 _ROUNDS = 50  # of looking for processes that are still being started
 
 
@@ -100,8 +102,31 @@ def remove_folders() -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def segments(since: float) -> set[Path]:
+    """Return the segments of shared memory, made since a time, that ranks have left: no process has them open.
+
+    A rank that is killed cannot remove its own. On Linux alone they have names in a folder.
+    """
+    found = set()
+    for path in SHARED_MEMORY.glob("*_*"):
+        with contextlib.suppress(OSError):  # it has gone
+            if _SEGMENT.match(path.name) and path.stat().st_uid == os.getuid() and path.stat().st_ctime >= since:
+                found.add(path)
+    for folder in Path("/proc").glob("[0-9]*") if found else ():
+        # In this order: a file is mapped before it is closed.
+        with contextlib.suppress(OSError):  # the process has ended, or is another user's
+            for file in (folder / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    found.discard(Path(os.readlink(file)))
+        with contextlib.suppress(OSError):
+            lines = (folder / "maps").read_text(errors="replace").splitlines()
+            found -= {Path(line.split(None, 5)[5]) for line in lines if f" {SHARED_MEMORY}/" in line}
+    return found
+
+
 def main() -> None:
     """Wait for the end of the run, then clear up."""
+    begun = time.time()
     with contextlib.suppress(PermissionError):  # it leads a session already
         os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -110,7 +135,11 @@ def main() -> None:
         pass
     end_marked(sys.argv[1])
     remove_networks()
+    for folder in sys.argv[2:]:
+        shutil.rmtree(folder, ignore_errors=True)
     remove_folders()
+    for path in segments(begun):
+        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.mpi import guard
-from tests.mpi.launch import Done, launcher, launcher_version, run
+from tests.mpi.launch import Done, has_open_mpi, launcher, run
 
 
 def _ip(*args: str) -> None:
@@ -57,7 +57,7 @@ class Lan:
 @contextlib.contextmanager
 def lan(size: int, folder: Path) -> Iterator[Lan]:
     """Make a network of so many hosts, and remove it in the end; skip the test where that cannot be had."""
-    if "HYDRA" not in launcher_version():
+    if has_open_mpi():
         pytest.skip("the hosts are started by MPICH's mpiexec")
     if not sys.platform.startswith("linux") or os.getuid() != 0 or not shutil.which("ip"):
         pytest.skip("network namespaces need Linux, root and iproute2")

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.mpi import guard
-from tests.mpi.launch import ROOT, environment, launcher, run_mark, start
+from tests.mpi.launch import ROOT, environment, launcher, run_mark, start, temporary_folder
 from tests.tiers import all_but
 
 PATIENCE = 600.0
@@ -87,7 +86,7 @@ def test_jobs_end_with_the_run(number: signal.Signals, how: str, tmp_path: Path)
         process.send_signal(number)
         process.wait(PATIENCE)
         wait_until(lambda: not guard.marked(mark), "processes are left")
-        left = Path(tempfile.gettempdir())
+        left = Path(temporary_folder())
         wait_until(lambda: not list(left.glob(f"{guard.FOLDER}{process.pid}-*")), "folders are left")
 
 
