@@ -1,7 +1,7 @@
 """What ends the jobs of a test run that was killed: run as a program, it waits for that run's end and clears up.
 
-usage: guard.py MARK [FOLDER], with the other end of a pipe on standard input that is closed, by the kernel if need be,
-when the run is over. FOLDER, where the run's jobs have their temporary files, is removed then.
+usage: guard.py MARK, started by the run, with the other end of a pipe on standard input that is closed, by the kernel
+if need be, when the run is over.
 
 Every process of a run has MARK in its environment, or MARK/MORE, a job of the run. Launchers put ranks into sessions of
 their own, and a killed run cannot tell anybody what it has started: the environment is what all of them keep.
@@ -82,10 +82,10 @@ def networks() -> dict[str, int]:
     return {match[0]: int(match[1]) for match in found if match}
 
 
-def remove_networks() -> None:
-    """Remove the network namespaces of runs that are no more."""
+def remove_networks(over: int | None = None) -> None:
+    """Remove the network namespaces of runs that are no more, or over: a process remains until its parent looks."""
     for name, pid in networks().items():
-        if not is_alive(pid):
+        if pid == over or not is_alive(pid):
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
@@ -94,11 +94,11 @@ def folder_prefix() -> str:
     return f"{FOLDER}{os.getpid()}-"
 
 
-def remove_folders() -> None:
-    """Remove the temporary folders of runs that are no more."""
+def remove_folders(over: int) -> None:
+    """Remove the temporary folders of the run that is over and of those that are no more."""
     for path in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
         match = re.match(rf"{FOLDER}(\d+)-", path.name)
-        if match and not is_alive(int(match[1])):
+        if match and (int(match[1]) == over or not is_alive(int(match[1]))):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -126,7 +126,7 @@ def segments(since: float) -> set[Path]:
 
 def main() -> None:
     """Wait for the end of the run, then clear up."""
-    begun = time.time()
+    begun, run = time.time(), os.getppid()
     with contextlib.suppress(PermissionError):  # it leads a session already
         os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -134,10 +134,8 @@ def main() -> None:
     while os.read(0, 1024):
         pass
     end_marked(sys.argv[1])
-    remove_networks()
-    for folder in sys.argv[2:]:
-        shutil.rmtree(folder, ignore_errors=True)
-    remove_folders()
+    remove_networks(run)
+    remove_folders(run)
     for path in segments(begun):
         path.unlink(missing_ok=True)
 

@@ -63,7 +63,7 @@ def run_mark() -> str:
     """Return the mark of this test run's processes; a guard, started here, ends them when the run is over."""
     above = os.environ.get(guard.VARIABLE)  # of the run that has started this one
     mark = f"{above}/{os.getpid()}" if above else f"{os.getpid()}-{secrets.token_hex(4)}"
-    command = [sys.executable, "-S", guard.__file__, mark, temporary_folder()]
+    command = [sys.executable, "-S", guard.__file__, mark]
     # The pipe is inherited by nobody: it closes when this process ends, and by nothing else.
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     _guards.append(process)
