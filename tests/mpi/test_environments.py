@@ -32,6 +32,8 @@ MORE = [
     "tests/mpi/test_failures.py::test_a_job_of_its_own",
     "tests/mpi/test_failures.py::test_unexpected_exception[1]",
     "tests/mpi/test_bound.py",
+    "tests/mpi/test_guard.py::test_nothing_is_left_of_a_killed_run[pool]",
+    "tests/mpi/test_guard.py::test_nothing_is_left_of_a_killed_run[server]",
     "tests/server/test_endings.py::test_a_rank_that_is_killed_ends_the_job_and_all_streams[1]",
     "tests/server/test_endings.py::test_streams_finish_when_all_ranks_are_told_to_end",
 ]
