@@ -76,7 +76,12 @@ def with_debians(package: str, folder: Path) -> Environment:
         _call(["apt-get", "download", "-q", *names], about, archives)
         for archive in archives.glob("*.deb"):
             _call(["dpkg", "-x", str(archive), str(root)], about)
-        libraries = dict.fromkeys(str(path.parent) for path in root.glob("**/lib*.so.*"))
+        files = sorted(root.glob("**/lib*.so.*"))
+        for path in files:  # dpkg makes some links only when it installs a package
+            link = path.with_name(re.sub(r"(\.so\.\d+).*", r"\1", path.name))
+            if not link.exists():
+                link.symlink_to(path.name)
+        libraries = dict.fromkeys(str(path.parent) for path in files)
         variables = {"LD_LIBRARY_PATH": os.pathsep.join(libraries), "OPAL_PREFIX": str(root / "usr")}
     launcher = folder / "bin/mpiexec"
     launcher.write_text(f'#!/bin/sh\nexec {root}/usr/bin/mpiexec.{package.removesuffix("-bin")} "$@"\n')
