@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import hypothesis
 import pytest
@@ -47,6 +48,13 @@ def place(item: pytest.Item) -> tuple[int, int]:
     """Return what tests are sorted by: one process compiles kernels before a job's ranks want them."""
     file = "/".join(item.path.parts[-2:])
     return (0, FIRST.index(file)) if file in FIRST else (1 + is_with_mpi(item), 0)
+
+
+def pytest_configure() -> None:
+    """Have the jobs of tests obey signals that this run ignores, as in the background: handlers end with exec."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.hookimpl(tryfirst=True)

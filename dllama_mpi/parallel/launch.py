@@ -10,6 +10,7 @@ import traceback
 from typing import Any
 
 from ..errors import ClusterError, DllamaError
+from .mpiexec import remedy
 from .watchdog import LAST_WORDS_SECONDS, watchdog
 
 # (what started us, variable with the number of ranks, variable with this rank). The first that is set counts: inside
@@ -42,6 +43,19 @@ def ranks_launched() -> int:
     return 1 if found is None else found[1]
 
 
+def cores_kept_back(used: set[int]) -> int:
+    """Return how many of this host's processors Open MPI's mpirun has and its ranks, who may run on `used`, have not.
+
+    It binds ranks to cores unless told otherwise, not itself: it is what has started this process. Known on Linux.
+    """
+    if _LAUNCHERS[0][1] not in os.environ or not hasattr(os, "sched_getaffinity"):
+        return 0
+    try:
+        return len(os.sched_getaffinity(os.getppid()) - used)
+    except OSError:
+        return 0
+
+
 def _remedy(launcher: str, library: str) -> str:
     if launcher == "srun":
         plugin = "pmix" if "Open MPI" in library else "pmi2"
@@ -66,7 +80,7 @@ def world() -> Any | None:
             return None
         reason = str(error).splitlines()[0]
         raise ClusterError(
-            f"{found[0]} started {found[1]} ranks, but MPI cannot be loaded ({reason}); pip install mpi4py mpich"
+            f"{found[0]} started {found[1]} ranks, but MPI cannot be loaded ({reason}); {remedy()}"
         ) from None
     comm = MPI.COMM_WORLD
     if comm.size == 1 and found is not None and found[1] > 1:

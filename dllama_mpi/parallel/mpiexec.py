@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -43,6 +45,28 @@ print(json.dumps([MPI.Get_library_version(), paths]))
 """
 
 
+_DEBIANS = "libmpich.so.12"  # MPICH, under a name by which mpi4py's wheels do not look for it
+_ALIAS = "~/.local/lib/mpich"
+
+
+def remedy() -> str:
+    """Return what to do where mpi4py loads no MPI. Loads MPICH's library if the system has it under Debian's name."""
+    wheel = "pip install 'dllama-mpi[mpich]'"
+    path = ""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(_DEBIANS)
+        with open("/proc/self/maps") as file:
+            path = next((line.split(None, 5)[5].strip() for line in file if "/libmpich.so" in line), "")
+    if not path:
+        return wheel
+    path = os.path.join(os.path.dirname(path), _DEBIANS)
+    return (
+        f"mpi4py does not know {path}; {wheel} and use its mpiexec, or on each host give it the name it looks for: "
+        f"mkdir -p {_ALIAS} && ln -sf {path} {_ALIAS}/libmpi.so.12 && "
+        f"export LD_LIBRARY_PATH={_ALIAS}:$LD_LIBRARY_PATH"
+    )
+
+
 @dataclass(frozen=True)
 class Library:
     """The MPI library that mpi4py loads: which of `MPICH` and `OPEN_MPI` it is, its name, its files."""
@@ -64,7 +88,7 @@ def library() -> Library:
         # The first line of an error of several lines is the one that says what is missing.
         reasons = [line for line in done.stderr.splitlines() if line and not line.startswith((" ", "Traceback"))]
         reason = reasons[0] if reasons else f"status {done.returncode}"
-        raise ClusterError(f"MPI cannot be loaded ({reason}); pip install 'dllama-mpi[mpich]'")
+        raise ClusterError(f"MPI cannot be loaded ({reason}); {remedy()}")
     version, paths = json.loads(done.stdout.splitlines()[-1])
     name = " ".join(version.split(",")[0].splitlines()[0].strip("\0 ").replace("Version:", "").split())
     for word, family in _LIBRARIES:

@@ -10,7 +10,9 @@ import numpy as np
 
 from ..kernels import runtime
 from ..kernels.quantize import PLAIN, widen_rows
+from ..log import warn
 from ..parallel.group import TensorParallelGroup
+from ..parallel.launch import cores_kept_back
 
 
 def place_threads(
@@ -19,6 +21,7 @@ def place_threads(
     """Set this rank's threads and return their number: `wanted`, or its cores divided by the ranks that share them.
 
     everybody: each rank's host and the cores it may use. bind: keep the rank and its threads on cores of their own.
+    The root warns where Open MPI has bound its host's ranks so that cores are idle.
 
     Raises:
         UsageError: more threads than cores.
@@ -32,11 +35,21 @@ def place_threads(
         runtime.bind(cores)
         sharing = [group.rank]
     if wanted is None:
+        if group.is_root:
+            _warn_of_idle_cores(everybody)
         wanted = max(1, min(len(cores) // len(sharing), runtime.most_threads()))
     runtime.set_threads(wanted)
     if is_bound:
         _bind_threads(cores)
     return wanted
+
+
+def _warn_of_idle_cores(everybody: list[tuple[str, list[int]]]) -> None:
+    host = everybody[0][0]
+    used = {core for other, cores in everybody if other == host for core in cores}
+    if idle := cores_kept_back(used):
+        cores = f"{len(used)} of the {len(used) + idle} cores of {host}"
+        warn(f"mpirun has bound its ranks to {cores}; give it --bind-to none")
 
 
 def _bind_threads(cores: list[int]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.mpi import guard
-from tests.mpi.launch import Done, launcher, launcher_version, run
+from tests.mpi.launch import Done, has_open_mpi, launcher, run
 
 
 def _ip(*args: str) -> None:
@@ -54,13 +54,20 @@ class Lan:
         return run([*inside, *env, *start, "-n", str(ranks), sys.executable, *args], timeout)
 
 
+def no_lan() -> str | None:
+    """Return why there can be no network here, or None."""
+    if has_open_mpi():
+        return "the hosts are started by MPICH's mpiexec"
+    if not sys.platform.startswith("linux") or os.getuid() != 0 or not shutil.which("ip"):
+        return "network namespaces need Linux, root and iproute2"
+    return None
+
+
 @contextlib.contextmanager
 def lan(size: int, folder: Path) -> Iterator[Lan]:
     """Make a network of so many hosts, and remove it in the end; skip the test where that cannot be had."""
-    if "HYDRA" not in launcher_version():
-        pytest.skip("the hosts are started by MPICH's mpiexec")
-    if not sys.platform.startswith("linux") or os.getuid() != 0 or not shutil.which("ip"):
-        pytest.skip("network namespaces need Linux, root and iproute2")
+    if against := no_lan():
+        pytest.skip(against)
     guard.remove_networks()
     name = f"{guard.NETWORK}{os.getpid()}-"
     made = Lan(name, size, folder / "launch")

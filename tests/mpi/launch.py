@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
+from dllama_mpi.parallel.mpiexec import OPEN_MPI, family_of
 from tests.mpi import guard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,17 +32,30 @@ def launcher() -> str:
 
 
 @functools.cache
-def launcher_version() -> str:
-    """Return what the launcher says of itself."""
-    return subprocess.run([launcher(), "--version"], capture_output=True, text=True, check=False).stdout
+def has_open_mpi() -> bool:
+    """Return whether the launcher is Open MPI's and not MPICH's."""
+    return family_of(launcher()) == OPEN_MPI
+
+
+_BANNER = re.compile(r"^-{60,}\n.*?^-{60,}\n", re.MULTILINE | re.DOTALL)
+
+
+def without_banners(text: str) -> str:
+    """Return a job's words without what Open MPI's mpirun says of a status other than 0, between two rules."""
+    return _BANNER.sub("", text)
 
 
 def launcher_options() -> list[str]:
     """Return what Open MPI needs to run more ranks than cores, each with all of them; MPICH needs nothing."""
-    about = launcher_version()
-    if "Open MPI" not in about and "prte" not in about.lower():
+    if not has_open_mpi():
         return []
     return ["--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", *(["--allow-run-as-root"] if os.getuid() == 0 else [])]
+
+
+@functools.cache
+def temporary_folder() -> str:
+    """Return where this test run's jobs have their temporary files, MPI included; the guard removes it."""
+    return tempfile.mkdtemp(prefix=guard.folder_prefix())  # short: sockets lie there, whose paths have 100 bytes
 
 
 @functools.cache
@@ -71,7 +87,8 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """
     foreign = ("PMI_", "PMIX_", "OMPI_", "SLURM_", "HYDRA_", "MPI_")
     kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
-    return {**kept, "PYTHONPATH": str(ROOT), guard.VARIABLE: run_mark(), **(extra or {})}
+    own = {"PYTHONPATH": str(ROOT), guard.VARIABLE: run_mark(), "TMPDIR": temporary_folder()}
+    return {**kept, **own, **(extra or {})}
 
 
 def start(
@@ -95,7 +112,10 @@ def start(
 
 
 def run(command: list[str], timeout: float = 600, env: dict[str, str] | None = None, stdin: str | None = None) -> Done:
-    """Run a command from the project's folder; kill it and all it has started when time is up, or at an interrupt."""
+    """Run a command from the project's folder; kill it and all it has started when time is up, or at an interrupt.
+
+    What Open MPI's launcher itself says of the end is left out of stderr.
+    """
     job = f"{run_mark()}/{secrets.token_hex(4)}"
     given = subprocess.DEVNULL if stdin is None else subprocess.PIPE
     with start(command, {**(env or {}), guard.VARIABLE: job}, given) as process:
@@ -108,7 +128,7 @@ def run(command: list[str], timeout: float = 600, env: dict[str, str] | None = N
         except BaseException:
             guard.end_marked(job)
             raise
-    return Done(command, process.returncode, out, err)
+    return Done(command, process.returncode, out, without_banners(err))
 
 
 def mpiexec(

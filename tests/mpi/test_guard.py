@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from tests.mpi import guard
-from tests.mpi.launch import ROOT, environment, launcher, run_mark, start
-from tests.tiers import all_but
+from tests.mpi.lan import no_lan
+from tests.mpi.launch import ROOT, environment, launcher, run_mark, start, temporary_folder
+from tests.slurm.cluster import reason_against
 
 PATIENCE = 600.0
 RANKS = 2
@@ -31,17 +32,52 @@ while True:
     time.sleep(1)
 """
 INSIDE = """
+import time
+from pathlib import Path
+from tests.mpi.lan import lan
 from tests.mpi.launch import mpiexec
 from tests.mpi.pool import pool
+from tests.server.running import served
+from tests.slurm.cluster import cluster
+
+folder = Path({folder!r})
+job = [str(folder / "rank.py"), str(folder / "up")]
 
 def test_inside():
-    {how}
+{how}
 """
-WAYS = {
-    "own job": 'mpiexec({ranks}, ["{folder}/rank.py", "{folder}/up"])',
-    "pool": 'pool({ranks}).run(["{folder}/rank.py", "{folder}/up"])',
-    "idle pool": 'pool({ranks}); mpiexec({ranks}, ["{folder}/rank.py", "{folder}/up"])',
+JOBS = {
+    "own job": "mpiexec(2, job)",
+    "pool": "pool(2).run(job)",
+    "idle pool": "pool(2); mpiexec(2, job)",
 }
+# How else tests start processes, and what else than processes they make.
+OTHERS = {
+    "server": """
+with served(2, "--nthreads", "1"):
+    for rank in range(2):
+        Path(f"{job[1]}{rank}").touch()
+    time.sleep(1000)
+""",
+    "network": "with lan(2, folder) as hosts: hosts.mpiexec(2, job)",
+    "Slurm": """
+with cluster(2, folder / "slurm") as hosts:
+    script = "#!/bin/sh\\ncase $(hostname) in node0) i=0;; *) i=1;; esac\\n: >%s$i\\nsleep 1000\\n" % job[1]
+    (folder / "task").write_text(script)
+    (folder / "task").chmod(0o755)
+    hosts.submit(folder, "--nodes=2", "--wrap", f"srun -N2 -n2 {folder}/task")
+    time.sleep(1000)
+""",
+}
+
+
+def need(how: str) -> None:
+    """Skip the test where there can be no such job."""
+    launcher()
+    if how == "network" and (against := no_lan()):
+        pytest.skip(against)
+    if how == "Slurm" and (against := reason_against()):
+        pytest.skip(against)
 
 
 def wait_until(true: Callable[[], bool], what: str) -> None:
@@ -55,10 +91,10 @@ def wait_until(true: Callable[[], bool], what: str) -> None:
 @contextlib.contextmanager
 def inner_run(how: str, folder: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Yield a test run whose job has started, and the mark of its processes."""
-    launcher()
+    need(how)
     (folder / "rank.py").write_text(RANK)
     test = folder / "test_inside.py"
-    test.write_text(INSIDE.format(how=WAYS[how].format(ranks=RANKS, folder=folder)))
+    test.write_text(INSIDE.format(folder=str(folder), how=textwrap.indent({**JOBS, **OTHERS}[how], "    ")))
     mark = f"{run_mark()}/{secrets.token_hex(4)}"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
     with (folder / "out").open("w") as out:
@@ -73,22 +109,44 @@ def inner_run(how: str, folder: Path) -> Iterator[tuple[subprocess.Popen[str], s
         process.communicate()
 
 
+def shared_memory(mark: str) -> set[Path]:
+    """Return the files of shared memory that processes of a run have open; on Linux alone they can be told."""
+    found = set()
+    for pid in guard.marked(mark):
+        with contextlib.suppress(OSError):  # it has ended
+            lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+            found |= {Path(line.split(None, 5)[5]) for line in lines if f" {guard.SHARED_MEMORY}/" in line}
+    return {path for path in found if path.exists()}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "how"),
-    all_but(
-        [(signal.SIGKILL, "own job"), (signal.SIGTERM, "pool")],
-        [(number, how) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL) for how in WAYS],
-    ),
-)
+@pytest.mark.parametrize("how", JOBS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_jobs_end_with_the_run(number: signal.Signals, how: str, tmp_path: Path) -> None:
     with inner_run(how, tmp_path) as (process, mark):
         assert len(guard.marked(mark)) > RANKS + 1  # the run, the launcher, the ranks
         process.send_signal(number)
         process.wait(PATIENCE)
         wait_until(lambda: not guard.marked(mark), "processes are left")
-        left = Path(tempfile.gettempdir())
+        left = Path(temporary_folder())
         wait_until(lambda: not list(left.glob(f"{guard.FOLDER}{process.pid}-*")), "folders are left")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [*JOBS, *OTHERS])
+def test_nothing_is_left_of_a_killed_run(how: str, tmp_path: Path) -> None:
+    """No process, no network, no folder of temporary files, MPI's included, no shared memory."""
+    with inner_run(how, tmp_path) as (process, mark):
+        assert len(guard.marked(mark)) > RANKS + 1
+        memory, left = shared_memory(mark), Path(temporary_folder())
+        assert list(left.glob(f"{guard.FOLDER}{process.pid}-*"))
+        assert how != "network" or process.pid in guard.networks().values()
+        process.kill()
+        process.wait(PATIENCE)
+        wait_until(lambda: not guard.marked(mark), "processes are left")
+        wait_until(lambda: process.pid not in guard.networks().values(), "networks are left")
+        wait_until(lambda: not list(left.glob(f"{guard.FOLDER}{process.pid}-*")), "folders are left")
+        wait_until(lambda: not any(path.exists() for path in memory), "shared memory is left")
 
 
 def test_continuous_integration_ends_what_it_has_started(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,19 @@ import psutil
 
 from tests.server.running import Server
 
+RANK_VARIABLES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
+
 
 def ranks_of(server: Server) -> list[Any]:
-    """Return the processes of a server's ranks, the root first."""
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    found = [each for each in children if "dllama_mpi" in each.cmdline() and "mpiexec" not in each.name()]
-    return sorted(found, key=lambda each: int(each.pid))
+    """Return the processes of a server's ranks, rank 0 first."""
+    found = {}
+    for each in psutil.Process(server.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            about = each.environ()
+            rank = next((about[name] for name in RANK_VARIABLES if name in about), None)
+            if rank is not None and each.cmdline()[1:3] == ["-m", "dllama_mpi"]:
+                found[int(rank)] = each
+    return [found[rank] for rank in sorted(found)]
 
 
 def memory_of(server: Server) -> list[int]:

@@ -21,7 +21,7 @@ STREAMS = 4
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with served(3, "--nthreads", "1", "--timeout", "10") as found:
+    with served(3, "--nthreads", "1", "--timeout", "10", "--drain-timeout", "300") as found:
         yield found
 
 

@@ -20,6 +20,7 @@ import pytest
 from tests.mpi import guard
 from tests.mpi.launch import ROOT, environment
 from tests.mpi.pool import pool
+from tests.server.ranks import ranks_of
 from tests.server.running import Server, events, read_some, served
 from tests.tiers import slow
 
@@ -177,14 +178,6 @@ def test_a_signal_lets_answers_finish(number: int) -> None:
         assert "Traceback" not in server.log.read_text()
 
 
-def ranks_of(server: Server) -> list[Any]:
-    """Return the processes of a server's ranks."""
-    import psutil
-
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    return [each for each in children if "dllama_mpi" in each.cmdline() and "mpiexec" not in each.name()]
-
-
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_job_and_streams() -> None:
     with served(2, "--nthreads", "1") as server, server.connect() as connection:
@@ -192,7 +185,7 @@ def test_a_rank_that_dies_ends_job_and_streams() -> None:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         read_some(connection)
-        max(ranks_of(server), key=lambda each: each.pid).kill()
+        ranks_of(server)[-1].kill()
         try:
             while read_some(connection):
                 pass

@@ -13,6 +13,7 @@ from dllama_mpi.cli import main
 from dllama_mpi.errors import ClusterError, UsageError
 from dllama_mpi.parallel import mpiexec
 from dllama_mpi.parallel.hosts import listed_hosts, placed, read_hostfile
+from dllama_mpi.parallel.launch import cores_kept_back
 from dllama_mpi.parallel.mpiexec import MPICH, OPEN_MPI, Library
 from tests.mpi.launch import launcher
 
@@ -273,3 +274,17 @@ def test_inside_a_batch_script(
         monkeypatch.setenv("SLURM_STEP_ID", step)
     assert main(["launch", "-n", "2", "--dry-run", "--", "chat"]) == 0
     assert " -n 2 " in capsys.readouterr().out
+
+
+def test_cores_that_open_mpi_keeps_from_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher, which has started this process, may run on four."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {os.getppid(): {0, 1, 2, 3}}[process], raising=False)
+    assert cores_kept_back({0}) == 0  # by whatever else than Open MPI
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    assert cores_kept_back({0, 1}) == 2
+    assert cores_kept_back({0, 1, 2, 3}) == 0
+
+
+def test_where_mpi_is_missing_the_wheel_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mpiexec, "_DEBIANS", "libno-such-mpi.so")
+    assert mpiexec.remedy() == "pip install 'dllama-mpi[mpich]'"
