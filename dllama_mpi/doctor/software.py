@@ -1,7 +1,7 @@
 """Rules on programs and libraries: what ranks must have alike to understand each other.
 
-When a job starts, only the program itself is compared (`parallel/handshake.py`); hosts that are unlike in something else
-fail there later, by a traceback or by a wrong number.
+When a job starts, only the program itself is compared (`parallel/handshake.py`). Hosts that are unlike otherwise fail
+there later, by a traceback or by a wrong number.
 """
 
 from __future__ import annotations

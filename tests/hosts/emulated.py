@@ -1,9 +1,10 @@
-"""A Raspberry Pi's Python on an x86_64 computer: emulated by QEMU, in a folder of its own, with nothing of the host changed.
+"""A Raspberry Pi's Python on an x86_64 computer: emulated by QEMU, in a folder of its own; nothing of the host changes.
 
 usage: emulated.py setup                       fetch Debian's Python for ARM, QEMU and this project's libraries
        emulated.py python BOARD                print the path of the emulated python
-       emulated.py run BOARD ARGS...           run `python ARGS` there, for example: run pi4 -m pytest tests/unit/test_mlp.py
-       emulated.py mpiexec BOARD,... ARGS...   run `python ARGS` as one job, a rank for each board; "here" is this Python
+       emulated.py run BOARD ARGS...           run `python ARGS`, for example: run pi4 -m pytest tests/unit/test_mlp.py
+       emulated.py mpiexec BOARD,... ARGS...   run `python ARGS` as one job, a rank for each board; "here": this Python
+       emulated.py check [ARGS...]             run all of test_aarch64.py, with arguments for pytest
 
 BOARD: pi4 (Cortex-A72) or pi5 (Cortex-A76, which has dot products). Needs Linux on x86_64, apt-get, dpkg-deb, Debian's
 archive keyring and pip; neither root nor binfmt_misc. All of it (500 MB, 180 MB to fetch) lies in
@@ -28,11 +29,13 @@ import sys
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 BOARDS = {"pi4": "cortex-a72", "pi5": "cortex-a76"}
 HERE = "here"
 RELEASE, MINOR = "trixie", (3, 13)  # of Debian, and its Python's version
 VARIABLE = "DLLAMA_MPI_AARCH64"
+WHOLE = "DLLAMA_MPI_AARCH64_CHECK"  # has the tests that take long run, too
 _PROJECT = Path(__file__).resolve().parents[2]
 _ARCHIVE = "http://deb.debian.org/debian"
 _KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -216,26 +219,36 @@ def mpiexec_line(boards: Sequence[str], args: Sequence[str]) -> list[str]:
 
 
 def main() -> int:
-    command, args = sys.argv[1:2], sys.argv[2:]
-    boards = args[0].split(",") if args else []
-    known = [*BOARDS, HERE] if command == ["mpiexec"] else list(BOARDS)
-    alone = command in (["run"], ["python"])
-    if command != ["setup"] and (not (alone or command == ["mpiexec"]) or not boards or (alone and len(boards) > 1)):
+    """Do what the command line says; a program that is to run takes this one's place."""
+    command, args = (sys.argv[1:2] or [""])[0], sys.argv[2:]
+    env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(_PROJECT)}
+    boards = args[0].split(",") if args and command in ("python", "run", "mpiexec") else []
+    known = [*BOARDS, HERE] if command == "mpiexec" else list(BOARDS)
+    if command not in ("setup", "check") and (not boards or (command != "mpiexec" and len(boards) > 1)):
         print(__doc__, file=sys.stderr)
         return 2
-    if command != ["setup"] and (unknown := [board for board in boards if board not in known]):
+    if unknown := [board for board in boards if board not in known]:
         print(f"error: {unknown[0]}: there are {', '.join(known)}", file=sys.stderr)
         return 2
     try:
         setup()
-        if command in (["setup"], ["python"]):
-            print(folder() if command == ["setup"] else python(boards[0]))
+        if command in ("setup", "python"):
+            print(python(boards[0]) if boards else folder())
             return 0
-        line = [str(python(boards[0])), *args[1:]] if alone else mpiexec_line(boards, args[1:])
+        line = [str(python(boards[0])), *args[1:]] if command == "run" else []
+        if command == "mpiexec":
+            line = mpiexec_line(boards, args[1:])
+        elif command == "check":
+            env[WHOLE] = "1"
+            tests = str(_PROJECT / "tests" / "hosts" / "test_aarch64.py")
+            line = [sys.executable, "-m", "pytest", "-m", "slow", "-p", "no:xdist", tests, *args]
     except UnavailableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    env = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(_PROJECT)}
+    return _become(line, env)
+
+
+def _become(line: list[str], env: dict[str, str]) -> NoReturn:
     os.execve(line[0], line, env)
 
 
