@@ -73,11 +73,16 @@ def mpi_version() -> str:
 
 
 def requirements() -> list[str]:
-    """Return what pip is to install: the project's dependencies, this MPICH, and what its tests need."""
+    """Return what pip is to install: the project's dependencies (but for other Pythons), this MPICH, what tests need.
+
+    Raises:
+        UnavailableError: no MPICH beside this Python.
+    """
     text = (_PROJECT / "pyproject.toml").read_text(encoding="utf-8")
     listed = re.search(r"^dependencies = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)
     assert listed is not None
-    return [*re.findall(r'"([^";]+)"', listed.group(1)), f"mpich=={mpi_version()}", *_TESTS]
+    named = re.findall(r'"([^"]+)"', listed.group(1))
+    return [*(name for name in named if ";" not in name), f"mpich=={mpi_version()}", *_TESTS]
 
 
 def setup() -> None:
