@@ -25,35 +25,38 @@ F32 = ("--weights", "f32", "--buffer-float-type", "f32")
 PARITY = ("llama31",)
 
 NET = "NetCase(key_heads=2, group=2, key_dim=24, value_dim=24, taps=4, bias=False, first=0, last=0)"
+BOUND = "test_within_the_bound_of_the_format"
+MIXTURES = [("f32", "q4m", "f16"), ("mxfp4", "mxfp4", "q40")]
 CONV = "ConvCase(channels=100, taps=4, bias=True)"
-SHORT = (
-    # What is emitted, compiled for the oldest core that has the instruction set, without Numba.
-    *(f"test_isa.py::test_{what}" for what in ("kernel", "rounding", "dot4", "exp", "description")),
-    "test_products.py::test_matmul[3-q4m]",
-    "test_payloads.py::test_encode[7-q80]",
-)
-KERNELS = (
-    *SHORT,
-    *(
-        f"test_products.py::test_matmul[{tokens}-{fmt}]"
-        for tokens in (1, 3)
-        for fmt in ("q40", "iq4nl", "mxfp4", "q80", "f16")
-    ),
-    *(f"test_packing.py::test_pack_tiles[(16, 32)-{fmt}]" for fmt in ("q4m", "mxfp4", "f16")),
-    *(
-        f"test_gguf_tensors.py::test_within_the_bound_of_the_format[0-{kind}]"
-        for kind in ("Q4_0", "Q4_K", "Q6_K", "MXFP4")
-    ),
-    *(f"test_quantised_safetensors.py::test_values_are_those_stored[llama31-{kind}]" for kind in ("gptq", "awq")),
-    f"test_state_kernels.py::test_delta_net[{NET}-2-mixed]",
-    f"test_state_kernels.py::test_short_conv[{CONV}-2-mixed]",
-    "test_experts.py::test_mixtures_of_every_kind[silu-gated-True-('f32', 'q4m', 'f16')]",
-    "test_experts.py::test_mixtures_of_every_kind[silu-gated-True-('mxfp4', 'mxfp4', 'q40')]",
-    "test_payloads.py",
-    "test_residual.py::test_add_and_normalise[True-3-2-q80]",
-    "test_attention.py::test_attention[True-4-2-5]",
-    "test_attention.py::test_quantised_cache[1-9-80]",
-)
+ISAS = {"pi4": "neon-cortex-a72", "pi5": "neondot-cortex-a76"}
+BESIDE_Q4M = ("q40", "iq4nl", "mxfp4", "q80", "f16")
+
+
+def few_kernels(board: str) -> tuple[str, ...]:
+    """Return tests of what is emitted for a board, without Numba, and of what Numba makes of one format."""
+    kernels = (f"test_isa.py::test_kernel[{ISAS[board]}-q4m]", f"test_isa.py::test_dot4[{ISAS[board]}]")
+    return (*kernels, "test_isa.py::test_description", "test_products.py::test_matmul[3-q4m]")
+
+
+def kernels(board: str) -> tuple[str, ...]:
+    """Return tests of every kernel against its twin, one case or a few of each."""
+    return (
+        *few_kernels(board),
+        *(f"test_isa.py::test_exp[{ISAS[board]}-{lanes}]" for lanes in (4, 16)),
+        *(f"test_isa.py::test_kernel[{ISAS[board]}-{fmt}]" for fmt in BESIDE_Q4M),
+        *(f"test_products.py::test_matmul[{tokens}-{fmt}]" for tokens in (1, 3) for fmt in BESIDE_Q4M),
+        *(f"test_packing.py::test_pack_tiles[(16, 32)-{fmt}]" for fmt in ("q4m", "mxfp4", "f16")),
+        *(f"test_gguf_tensors.py::{BOUND}[0-{kind}]" for kind in ("Q4_0", "Q4_K", "Q6_K", "MXFP4")),
+        *(f"test_quantised_safetensors.py::test_values_are_those_stored[llama31-{kind}]" for kind in ("gptq", "awq")),
+        f"test_state_kernels.py::test_delta_net[{NET}-2-mixed]",
+        f"test_state_kernels.py::test_short_conv[{CONV}-2-mixed]",
+        *(f"test_experts.py::test_mixtures_of_every_kind[silu-gated-True-{formats}]" for formats in MIXTURES),
+        *(f"test_payloads.py::test_encode[7-{payload}]" for payload in ("f16", "q80")),
+        "test_residual.py::test_add_and_normalise[True-3-2-q80]",
+        "test_attention.py::test_attention[True-4-2-5]",
+        "test_attention.py::test_quantised_cache[1-9-80]",
+    )
+
 
 pytestmark = pytest.mark.slow
 every_board = pytest.mark.parametrize("board", BOARDS)
@@ -91,13 +94,13 @@ def run_tests(board: str, tests: tuple[str, ...]) -> None:
 
 @every_board
 def test_few_kernels(board: str) -> None:
-    run_tests(board, SHORT)
+    run_tests(board, few_kernels(board))
 
 
 @takes_long
 @every_board
 def test_kernels(board: str) -> None:
-    run_tests(board, KERNELS)
+    run_tests(board, kernels(board))
 
 
 @takes_long

@@ -136,6 +136,13 @@ def test_kernel_of_another_processor(isa: str, fmt: str) -> None:
         check_kernel(kernel, fmt, tokens)
 
 
+@every_isa
+def test_what_only_some_processors_have_is_emulated(isa: str) -> None:
+    for fmt in FORMATS:
+        module = str(vector_code.kernel(vector_code.emulating(EMITTERS[isa]), fmt))
+        assert not re.search(r'declare [^@]*@"?llvm\.(x86|aarch64)', module), fmt
+
+
 @every_format_by_tier
 @every_isa
 def test_rounding(isa: str, fmt: str) -> None:
