@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     thin_out(items)
     items.sort(key=place)
     for item in items:
-        shares = is_with_mpi(item) and item.path.parent.name != "server"
+        shares = is_with_mpi(item) and item.path.parent.name not in ("server", "hosts")
         item.add_marker(pytest.mark.xdist_group("mpi" if shares else item.path.stem))
 
 

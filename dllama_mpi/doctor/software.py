@@ -1,8 +1,7 @@
 """Rules on programs and libraries: what ranks must have alike to understand each other.
 
-Nothing of this is compared when a job starts: unlike hosts fail there later, by a traceback or by a wrong number. Ranks
-send each other pickles (protocol 5, which every Python from 3.8 reads) of the program's own classes and of arrays; a
-step is bytes whose layout belongs to the version of the program.
+When a job starts, only the program itself is compared (`parallel/handshake.py`). Hosts that are unlike otherwise fail
+there later, by a traceback or by a wrong number.
 """
 
 from __future__ import annotations

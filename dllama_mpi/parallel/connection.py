@@ -112,9 +112,13 @@ def listen(host: str) -> tuple[socket.socket, Offer]:
 
 def _own_addresses(with_ipv6: bool) -> list[tuple[str, int]]:
     """Return the addresses of interfaces that are up, but for link-local IPv6, with their prefix lengths."""
-    up = {name for name, about in psutil.net_if_stats().items() if about.isup}
+    interfaces = psutil.net_if_addrs()
+    try:
+        up = {name for name, about in psutil.net_if_stats().items() if about.isup}
+    except OSError:  # the system does not tell, as under QEMU: a caller finds out
+        up = set(interfaces)
     found = []
-    for name, entries in psutil.net_if_addrs().items():
+    for name, entries in interfaces.items():
         for entry in entries if name in up else []:
             if entry.family == socket.AF_INET or (entry.family == socket.AF_INET6 and with_ipv6):
                 address = ipaddress.ip_address(entry.address.partition("%")[0])

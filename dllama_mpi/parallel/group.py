@@ -17,6 +17,7 @@ from .collective.all_reduce import AllReduce
 from .collective.choose import Choice
 from .collective.link import link_of_one_rank
 from .connection import Phase
+from .handshake import shake_hands
 from .launch import host_name, watch_exceptions, world
 from .watchdog import watchdog
 
@@ -48,12 +49,18 @@ class TensorParallelGroup:
     """
 
     def __init__(self, comm: Any | None) -> None:
+        """Join the others.
+
+        Raises:
+            ClusterError: they run another program, see `handshake`; the same on every rank.
+        """
         self.comm = comm if comm is not None and comm.size > 1 else None
         self.rank: int = comm.rank if comm is not None else 0
         self.size: int = comm.size if comm is not None else 1
         self.host = host_name()
+        ranks = [] if self.comm is None else shake_hands(self.comm, self.host)
         # By name, not by MPI's shared-memory split: that one is wrong under some launchers.
-        self.hosts: list[str] = self.allgather(self.host)
+        self.hosts = [rank.host for rank in ranks] or [self.host]
         self.local_ranks = [r for r, host in enumerate(self.hosts) if host == self.host]
         self.traffic = Traffic()
         self._reduce: AllReduce | None = None
@@ -242,7 +249,7 @@ def connect() -> TensorParallelGroup:
     """Join the job (MPI starts here) and return its group.
 
     Raises:
-        ClusterError: see `launch.world`.
+        ClusterError: see `launch.world` and `handshake`.
     """
     comm = world()
     watch_exceptions(comm)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,10 @@ from ..kernels.layout import PAGE, ceil_div, ceil_to
 
 LEAST_POSITIONS = 256  # a context below this is of no use to anybody
 _RESERVE = 0.95  # part of the free memory that may be used
+_PROC, _GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# Files of a control group: its limit, what it uses, and which line tells how much of that are files' unused pages.
+_VERSION_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = ("memory.max", "memory.current", "inactive_file")
 _FULL_PAGES = 16  # for each page for windows, at most, where memory is given by order
 
 
@@ -40,13 +44,33 @@ class Need:
 
 
 def available_bytes() -> int:
-    """Return the memory this host can give: what the system calls available, or what a control group leaves."""
-    free = int(psutil.virtual_memory().available)
+    """Return the memory this rank can have: what the system calls available, or what its control groups leave."""
+    return min([int(psutil.virtual_memory().available), *_left_by_groups(_PROC, _GROUPS)])
+
+
+def _left_by_groups(proc: Path, groups: Path) -> Iterator[int]:
+    """Yield the bytes that each control group of this process with a limit on memory leaves: its own, and those above.
+
+    proc: /proc. groups: where control groups are mounted, of version 2, or of version 1 in a folder a controller.
+    """
     try:
-        limit, used = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
-        return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
-    except (OSError, ValueError):
-        return free
+        lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not a Linux system
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = groups / "memory" if controllers else groups
+        limit, used, cached = _VERSION_1 if controllers else _VERSION_2
+        own = top / path.strip("/")  # a container may see its own group's path from outside, and nothing there
+        for folder in [own, *own.parents][: len(own.relative_to(top).parts) + 1]:
+            try:
+                most, now = (int((folder / name).read_text(encoding="ascii")) for name in (limit, used))
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+            except (OSError, ValueError):  # no limit, or not told
+                continue
+            yield max(0, most - now + int(stat.get(cached, 0)))  # pages of files give way
 
 
 def usable_bytes(needs: Sequence[Need]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,7 @@ from dllama_mpi.errors import ClusterError
 from dllama_mpi.kernels.layout import FORMATS, PAGE, TileFormat, ceil_div
 from dllama_mpi.model.buffers import memory_bytes
 from dllama_mpi.model.recipe import WeightRecipe, weight_bytes
+from dllama_mpi.startup import memory
 from dllama_mpi.startup.memory import Need, Room, Wish, available_bytes, fitting, usable_bytes
 from dllama_mpi.startup.options import Kept
 from dllama_mpi.startup.shares import MemoryPlan, shards_of
@@ -101,6 +103,45 @@ def test_not_even_the_weights_fit() -> None:
 
 def test_memory_of_this_host_is_told() -> None:
     assert 10**6 < available_bytes() < 10**15
+
+
+def control_group(folder: Path, files: dict[str, str]) -> None:
+    """Write the files by which a control group tells of its memory."""
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / f"memory.{name}").write_text(text + "\n", encoding="ascii")
+
+
+def left_by_groups(folder: Path, cgroup: str) -> list[int]:
+    """Return what the control groups in a folder leave to a process with such a line in /proc/self/cgroup."""
+    (folder / "proc" / "self").mkdir(parents=True)
+    (folder / "proc" / "self" / "cgroup").write_text(cgroup, encoding="ascii")
+    return list(memory._left_by_groups(folder / "proc", folder / "groups"))
+
+
+def test_limits_of_control_groups(tmp_path: Path) -> None:
+    job = tmp_path / "groups" / "slurm" / "job_7"
+    control_group(job / "step_0", {"max": "max", "current": "5000", "stat": "anon 4000\ninactive_file 1000"})
+    control_group(tmp_path / "groups" / "elsewhere", {"max": "1", "current": "1", "stat": "anon 1"})
+    for name, text in (("max", "9000"), ("current", "6000"), ("stat", "anon 4000\ninactive_file 1500")):
+        (job / f"memory.{name}").write_text(text, encoding="ascii")
+    assert left_by_groups(tmp_path, "0::/slurm/job_7/step_0\n") == [4500]
+
+
+def test_limits_of_control_groups_of_version_1(tmp_path: Path) -> None:
+    files = {"limit_in_bytes": "9000", "usage_in_bytes": "9500", "stat": "total_inactive_file 100\ninactive_file 7"}
+    control_group(tmp_path / "groups" / "memory" / "user", files)
+    control_group(tmp_path / "groups" / "user", {"max": "1", "current": "0", "stat": "anon 0"})
+    assert left_by_groups(tmp_path, "5:cpuset:/user\n4:memory:/user\n") == [0]
+
+
+def test_a_container_has_its_own_limit_at_the_top(tmp_path: Path) -> None:
+    control_group(tmp_path / "groups", {"max": "300", "current": "100", "stat": "anon 100"})
+    assert left_by_groups(tmp_path, "0::/kubepods/pod-1/container-2\n") == [200]
+
+
+def test_without_control_groups(tmp_path: Path) -> None:
+    assert list(memory._left_by_groups(tmp_path, tmp_path)) == []
 
 
 def test_states_alone_take_no_room_for_positions() -> None:

@@ -89,10 +89,35 @@ def _pairs(e: Emitter, ty: ir.Type, *parts: ir.Value) -> ir.Value:
     return e.b.shuffle_vector(*sums, ir.Constant(vector(I32, ty.count), [*range(ty.count)]))
 
 
+def _byte_products(e: Emitter, ty: ir.Type, weights: ir.Value, x: ir.Value) -> ir.Value:
+    """Emit the sums of neighbouring products of unsigned and signed bytes, as int16 that no sum exceeds."""
+    count = 2 * ty.count
+    product = e.b.mul(e.b.zext(weights, vector(I32, count)), e.b.sext(x, vector(I32, count)))
+    total = e.b.add(e.pick(product, range(0, count, 2)), e.pick(product, range(1, count, 2)))
+    for bound, beyond in ((2**15 - 1, ">"), (-(2**15), "<")):
+        limit = constant(I32, ty.count, bound)
+        total = e.b.select(e.b.icmp_signed(beyond, total, limit), limit, total)
+    return e.b.trunc(total, ty)
+
+
+def _pair_products(e: Emitter, ty: ir.Type, x: ir.Value, y: ir.Value) -> ir.Value:
+    product = e.b.mul(*(e.b.sext(v, vector(I32, 2 * ty.count)) for v in (x, y)))
+    return e.b.add(e.pick(product, range(0, 2 * ty.count, 2)), e.pick(product, range(1, 2 * ty.count, 2)))
+
+
+def _signed(e: Emitter, ty: ir.Type, values: ir.Value, signs: ir.Value) -> ir.Value:
+    zero = constant(I8, ty.count, 0)
+    turned = e.b.select(e.b.icmp_signed("<", signs, zero), e.b.sub(zero, values), values)
+    return e.b.select(e.b.icmp_signed("==", signs, zero), zero, turned)
+
+
 EMULATED: dict[str, Callable[..., ir.Value]] = {
     "llvm.x86.avx512.vpdpbusd": _dot(unsigned=True),
     "llvm.x86.avx512.pshuf.b": _shuffle,
     "llvm.x86.avx2.pshuf.b": _shuffle,
+    "llvm.x86.avx2.pmadd.ub.sw": _byte_products,
+    "llvm.x86.avx2.pmadd.wd": _pair_products,
+    "llvm.x86.avx2.psign.b": _signed,
     "llvm.aarch64.neon.sdot": _dot(unsigned=False),
     "llvm.aarch64.neon.tbl1": _shuffle,
     "llvm.aarch64.neon.saddlp": _pairs,
