@@ -25,7 +25,7 @@ from report import CALM, COLOURS, add_output_options, figure, finish, least_kb, 
 
 from dllama_mpi.errors import DllamaError
 from dllama_mpi.kernels.runtime import usable_cores
-from dllama_mpi.log import progress
+from dllama_mpi.progress import progress
 
 SURVEY = Path(__file__).resolve().with_name("lan_survey.py")
 RESULTS = Path("results/lan_scaling.json")

@@ -18,7 +18,6 @@ import marked
 from report import finish
 
 from dllama_mpi.model.recipe import DEFAULT, WeightRecipe
-from dllama_mpi.parallel.collective.table import PAYLOADS
 from dllama_mpi.parallel.partition import Shard
 from dllama_mpi.planning.cluster_file import read_cluster
 from dllama_mpi.planning.costs import Cluster, Work, chunks, decode_cost, payload_bytes, prefill_cost, work_of
@@ -80,10 +79,10 @@ def shards(question: Question, hosts: int) -> list[Shard]:
 
 def tokens_per_second(question: Question, works: list[Work], cluster: Cluster, hosts: int) -> tuple[float, float]:
     """Return the speeds of decode and prefill that `plan` predicts of so many hosts of a cluster, all alike."""
-    rates, width = [cluster.speeds[0][0]] * len(works), PAYLOADS[question.kept.payload]
+    rates = [cluster.speeds[0][0]] * len(works)
 
     def all_reduce(tokens: int) -> float:
-        return cluster.all_reduces.seconds(hosts, payload_bytes(question.config, tokens, width))
+        return cluster.all_reduces.seconds(hosts, payload_bytes(question.config, tokens, question.kept.payload))
 
     decode = decode_cost(works, rates, (0, GENERATED), all_reduce(1))
     prefill = prefill_cost(works, rates, chunks(0, PROMPT, question.chunk), all_reduce)

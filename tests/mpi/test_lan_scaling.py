@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.mpi.launch import ROOT, launcher_version, run
+from tests.mpi.launch import ROOT, has_open_mpi, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.lan]
 SCRIPT = ROOT / "benchmarks" / "lan_scaling.py"
 
 
 def test_table_figures_and_picture(tmp_path: Path) -> None:
-    if "HYDRA" not in launcher_version():
+    if has_open_mpi():
         pytest.skip("the hosts are started by MPICH's mpiexec")
     if not sys.platform.startswith("linux") or os.getuid() != 0 or not shutil.which("tc"):
         pytest.skip("network namespaces need Linux, root and iproute2")
