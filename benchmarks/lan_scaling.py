@@ -183,11 +183,11 @@ def report(found: dict[str, Any]) -> str:
         f"{found['date']}, {found['cores']} cores of {found['processor']} ({found['instruction_set']}), one for each"
         f" host; {model} in {found['weights']}, messages in {found['buffer_float_type']}."
         f" tokens/s of {found['n_gen']} tokens generated and of a prompt of {found['n_prompt']}: medians of"
-        f" {found['rounds']} rounds (least to most). Between jobs other programs took up to"
+        f" {found['rounds']} round{'s' * (found['rounds'] > 1)} (least to most). Between jobs other programs took up to"
         f" {found['others_cpu_share']:.0%} of the processors."
     )
     if found["others_cpu_share"] > CALM:
-        note += " **That is too much: measure again when it is calm.**"
+        note += " **That is too much: these figures say nothing. Measure again when it is calm.**"
     return f"{note}\n\n{marked.markdown(head, rows, left=2)}\n{links_line(found)}\n"
 
 
