@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from typing import Any
 from numba import config
 from numba.core.caching import FunctionCache
 
+from ..log import warn
 from ..progress import Progress
 
 _WHAT = "compiling kernels"
@@ -100,6 +102,14 @@ class SharedCache(FunctionCache):
         return found
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep a function that has been compiled."""
-        super().save_overload(sig, data)  # type: ignore[no-untyped-call]
+        """Keep a function that has been compiled, if there is room: else it is compiled at every start."""
+        try:
+            super().save_overload(sig, data)  # type: ignore[no-untyped-call]
+        except OSError as error:
+            _tell_once(f"compiled kernels cannot be kept in {config.CACHE_DIR}: {error.strerror or error}")  # type: ignore[attr-defined]
         _turn.made()
+
+
+@functools.cache
+def _tell_once(line: str) -> None:
+    warn(line)

@@ -51,3 +51,22 @@ print(sum(third.stats.cache_misses.values()), sum(third.stats.cache_hits.values(
     command = [sys.executable, "-c", code]
     processes = [subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) for _ in range(3)]
     assert sorted(process.communicate()[0] for process in processes) == [b"0 1\n", b"0 1\n", b"1 0\n"]
+
+
+def test_without_room_to_keep_them_functions_are_compiled_all_the_same(tmp_path: Path) -> None:
+    code = """
+import resource
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+import numpy as np
+from tests.unit.compiled_functions import third
+numbers = np.zeros(3)
+third(numbers, 7)
+print(numbers.tolist())
+"""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[700.0, 700.0, 700.0]\n"
+    (line,) = done.stderr.splitlines()
+    assert line == f"warning: compiled kernels cannot be kept in {tmp_path}: File too large"
