@@ -56,7 +56,7 @@ def test_same_seed_same_text() -> None:
 
 
 def test_json_and_stats() -> None:
-    done = pool(2).run([*GREEDY, "--json", "--stats"])
+    done = pool(2).run([*GREEDY, "--json", "--stats=steps"])
     report = json.loads(done.stdout)
     assert report["ranks"] == 2
     assert report["finish_reason"] == "length"
@@ -217,8 +217,9 @@ def test_ctrl_c_ends_an_answer_not_the_chat(ranks: int) -> None:
 
 def test_a_terminal_is_set_from_the_background() -> None:
     inner = (
-        "import os, termios; from dllama_mpi.cli.terminal import _set; "
-        "device = os.open('/dev/tty', os.O_RDWR | os.O_NOCTTY); _set(device, termios.tcgetattr(device)); print('set')"
+        "import os, termios; from dllama_mpi.cli.terminal import set_modes; "
+        "device = os.open('/dev/tty', os.O_RDWR | os.O_NOCTTY); "
+        "set_modes(device, termios.tcgetattr(device)); print('set')"
     )
     # In a process group of its own, as Open MPI's ranks are: there it would be stopped.
     outer = f"import os, subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}], preexec_fn=os.setpgrp, "
