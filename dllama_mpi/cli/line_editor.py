@@ -22,13 +22,12 @@ from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.data_structures import Size
 from prompt_toolkit.filters import is_searching
-from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.input import Input
 from prompt_toolkit.input.posix_utils import PosixStdinReader
 from prompt_toolkit.input.typeahead import store_typeahead
 from prompt_toolkit.input.vt100 import Vt100Input
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.output import Output
+from prompt_toolkit.output import ColorDepth, Output
 from prompt_toolkit.output.vt100 import Vt100_Output
 from prompt_toolkit.shortcuts import CompleteStyle
 from prompt_toolkit.styles import Style
@@ -83,6 +82,10 @@ class LineEditor:
         self._screen.draw(_PASTES_MARKED)
         self._keys = _Keys(0)
         self._session = _session(self._keys, _output(device), self._commands)
+        if self._screen.has_colours:
+            self._session.style = Style.from_dict({"prompt": "ansigreen bold"})
+        else:
+            self._session.color_depth = ColorDepth.DEPTH_1_BIT
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,12 +106,11 @@ class LineEditor:
         """Return the next message, or None at the end of input. Ctrl-C begins it anew."""
         self._keys.push(self._pending)
         self._pending = b""
-        text = FormattedText([("class:prompt" if self._screen.has_colours else "", prompt)])
         self._is_asking = True
         try:
             while True:
                 try:
-                    return str(self._session.prompt(text, set_exception_handler=False))
+                    return str(self._session.prompt(prompt, set_exception_handler=False))
                 except KeyboardInterrupt:
                     self._screen.draw(self._screen.dim(LEAVING) + "\n")
                 except EOFError:
@@ -220,7 +222,6 @@ def _session(keys: Input, output: Output, commands: Sequence[str]) -> PromptSess
         complete_while_typing=False,
         complete_style=CompleteStyle.READLINE_LIKE,
         reserve_space_for_menu=0,
-        style=Style.from_dict({"prompt": "ansigreen bold"}),
     )
 
 
