@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from dllama_mpi.architectures.registry import ARCHITECTURES
-from tests.mpi.launch import launcher, launcher_options, mpiexec, run
+from tests.mpi.launch import mpiexec, run
 from tests.mpi.pool import pool
 from tests.mpi.typist import Typist
 from tests.tiers import slow
@@ -195,24 +194,6 @@ def test_chat_through_a_pipe() -> None:
     long = pool(2).run(args, stdin="word " * 700 + "\n/reset\nhello\n")
     assert "--max-seq-len" in long.stderr
     assert len(long.stdout) > 20
-
-
-@pytest.mark.parametrize("ranks", [slow(0), 2])  # 0: without mpiexec
-def test_ctrl_c_ends_an_answer_not_the_chat(ranks: int) -> None:
-    program = [sys.executable, "-m", "dllama_mpi", "chat", "--seed", "1", "--ignore-eos", "--max-seq-len", "100000"]
-    start = [launcher(), *launcher_options(), "-n", str(ranks)] if ranks else []
-    typist = Typist([*start, *program])
-    typist.until("> ")
-    for _ in range(3):  # mpiexec itself would end the job at the second
-        typist.type("tell me a story\n")
-        typist.until("\n")
-        time.sleep(0.5)  # an answer of 100,000 tokens is under way
-        typist.type("\x03")
-        typist.until("\n> ")  # not the ">>> " of an example in the answer
-    typist.type("\x03")
-    typist.until("/quit leaves")
-    typist.type("/quit\n")
-    assert typist.status() == 0
 
 
 def test_a_terminal_is_set_from_the_background() -> None:

@@ -198,11 +198,11 @@ def test_a_terminal_that_can_do_nothing_gets_lines(tmp_path: Path) -> None:
 def test_with_a_server(tmp_path: Path) -> None:
     with scripted() as server:
         terminal = typist([*PROGRAM, "chat", "--url", server.url], tmp_path, NO_COLOR="1")
-        terminal.until("> ")
+        terminal.until("\x1b[0m>")
         terminal.type("say <<one>>\r")
         terminal.until("one\r\n")
-        terminal.type("go on {{20 ms}}\r")
-        terminal.until("on on ")
+        terminal.type("/reset\rgo on {{20 ms}}\r")
+        terminal.until("xyz")
         terminal.type("\x03")
         server.until_idle()
         terminal.type("\x04")
