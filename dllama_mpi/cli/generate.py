@@ -7,22 +7,26 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
-from ..log import say
 from .interrupt import on_interrupt
 from .options import (
     add_model_options,
     add_sampling_options,
     add_speculation_option,
+    add_stats_option,
     load,
     read_text,
     sampling,
 )
+from .screen import Screen, find_streams
 
 if TYPE_CHECKING:
     from ..engine.completion import Generation
     from ..engine.llm import LLM
+    from ..engine.stats import Stats
 
 DEFAULT_STEPS = 256
+_SHOWN = 2000  # characters of a prompt
+_NEXT = "this was the small demo model; `python -m dllama_mpi download` lists real ones, which --model takes by name"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--prompt", metavar="TEXT", help="text to continue")
     group.add_argument("--prompt-file", metavar="FILE", help="a file with the text to continue; - for standard input")
-    parser.add_argument(
-        "--stats", action="store_true", help="show times and bytes for the prompt and each token on stderr"
-    )
+    add_stats_option(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the text")
     add_speculation_option(parser)
     add_model_options(parser)
@@ -49,7 +51,7 @@ def _prompt(args: argparse.Namespace) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate; stream the text to stdout, or print one JSON object."""
+    """Generate; stream the text to stdout, or print one JSON object. A terminal shows the prompt and the speed, too."""
     from ..engine.stats import Stats
     from ..parallel.group import connect
 
@@ -60,27 +62,42 @@ def run(args: argparse.Namespace) -> int:
     with group.together():
         params = sampling(args, llm.folder, DEFAULT_STEPS) if group.is_root else None
     stats, interrupted = Stats(), False
+    measure = args.stats is not None
 
     def stop() -> None:
         nonlocal interrupted
         interrupted = True
         llm.cancel()
 
-    with on_interrupt(stop):
+    with Screen(find_streams() if llm.is_root else None) as screen, on_interrupt(stop):
         if args.json:
-            result = llm.generate(prompt, params, measure_links=args.stats)
+            result = llm.generate(prompt, params, measure_links=measure)
             if result is not None:
                 stats = result.stats
-                print(json.dumps(_report(args, llm, result), ensure_ascii=False))
+                print(json.dumps(_report(args, llm, result), ensure_ascii=False), flush=True)
         else:
-            for piece in llm.stream(prompt, params, stats, measure_links=args.stats):
-                print(piece, end="", flush=True)
+            if screen.shows_text:
+                screen.draw(screen.bold(prompt if len(prompt) <= _SHOWN else f"...{prompt[-_SHOWN:]}"))
+            for piece in llm.stream(prompt, params, stats, measure_links=measure):
+                screen.write_text(piece)
             if llm.is_root:
-                print(flush=True)
-    if llm.is_root and args.stats:
-        for line in [*stats.step_lines(), *stats.summary_lines()]:
-            say(line)
+                screen.write_text("\n")
+        if llm.is_root:
+            for line in _closing(args, stats, screen):
+                screen.say(line)
     return 130 if interrupted else 0
+
+
+def _closing(args: argparse.Namespace, stats: Stats, screen: Screen) -> list[str]:
+    """Return the lines after the text."""
+    if args.stats is not None:
+        return [*(stats.step_lines() if args.stats == "steps" else []), *stats.summary_lines()]
+    if args.json or not (screen.shows_text or screen.shows_lines):
+        return []
+    lines = [stats.speed_line()]
+    if args.model == "demo" and screen.shows_text:
+        lines.append(_NEXT)
+    return lines
 
 
 def _report(args: argparse.Namespace, llm: LLM, result: Generation) -> dict[str, Any]:

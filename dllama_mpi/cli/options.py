@@ -189,6 +189,18 @@ def add_speculation_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_stats_option(parser: argparse.ArgumentParser) -> None:
+    """Add whether figures of what was generated are shown."""
+    parser.add_argument(
+        "--stats",
+        nargs="?",
+        choices=("summary", "steps"),
+        const="summary",
+        help="show speeds, times and a table of ranks on stderr afterwards; --stats=steps: times and bytes of the"
+        " prompt and of each token besides",
+    )
+
+
 def add_cache_option(parser: argparse._ActionsContainer) -> None:
     """Add where received weights are kept."""
     parser.add_argument(

@@ -1,9 +1,8 @@
-"""Standard input of a conversation, and Ctrl-C under launchers that would end the job at the second one.
+"""Lines from standard input, for conversations without line editing, and Ctrl-C under launchers.
 
-Under mpiexec rank 0's standard input is a pipe, and an interrupt reaches mpiexec itself: MPICH's forwards the first
-to all ranks and ends the job at the second, Open MPI's ends it at once. So while the conversation lasts mpiexec's
-terminal, if it has one on this host, is told to deliver Ctrl-C as a line of its own, which mpiexec passes on like
-any other.
+An interrupt reaches mpiexec itself: MPICH's forwards the first to all ranks and ends the job at the second, Open MPI's
+ends it at once. So where lines may come from mpiexec's terminal, it is told to deliver Ctrl-C as a line of its own,
+which mpiexec passes on like any other.
 """
 
 from __future__ import annotations
@@ -18,33 +17,40 @@ import termios
 from collections.abc import Callable
 from typing import Any
 
-import psutil
-
 from ..parallel.launch import launched
+from .screen import Streams, launcher_process
 
 _CTRL_C = b"\x03"
 
 
 class Terminal:
-    """Lines typed by the user, and whether Ctrl-C was among them. A context manager: it restores the terminal."""
+    """Lines typed by the user, and whether Ctrl-C was among them. A context manager: it restores the terminal.
 
-    def __init__(self, interrupt: Callable[[], None]) -> None:
-        self._interrupt = interrupt
+    Args:
+        interrupt: called at Ctrl-C while an answer comes.
+        streams: what is known of the job's terminal; None for nothing.
+    """
+
+    KEYS = "Ctrl-C stops an answer; the end of input leaves"
+
+    def __init__(self, interrupt: Callable[[], None], streams: Streams | None) -> None:
+        self._interrupt, self._streams = interrupt, streams
         self._pending = b""
         self._ended = False
         self._saved: tuple[int, list[Any]] | None = None
         self.prompt = ""  # what stands before the line that is awaited, if one is
 
     def __enter__(self) -> Terminal:
-        path = _launcher_terminal() if launched() is not None else None
-        if path is not None:
+        may_be_typed = self._streams is None or self._streams.stdin
+        found = launcher_process() if launched() is not None and may_be_typed else None
+        if found is not None:
             with contextlib.suppress(OSError, termios.error):
-                device = os.open(path, os.O_RDWR | os.O_NOCTTY)
+                device = os.open(found[1], os.O_RDWR | os.O_NOCTTY)
                 saved = termios.tcgetattr(device)
                 changed = termios.tcgetattr(device)
                 changed[3] &= ~termios.ISIG
                 changed[6][termios.VEOL] = _CTRL_C
-                _set(device, changed)
+                set_modes(device, changed)
                 self._saved = (device, saved)
                 atexit.register(self._restore)
         return self
@@ -57,7 +63,7 @@ class Terminal:
             device, saved = self._saved
             self._saved = None
             with contextlib.suppress(OSError, termios.error):
-                _set(device, saved)
+                set_modes(device, saved)
                 os.close(device)
 
     def read_line(self, prompt: str) -> str | None:
@@ -95,6 +101,10 @@ class Terminal:
         self._ended = not data
         self._pending += data
 
+    def answering(self) -> contextlib.AbstractContextManager[None]:
+        """Return what lasts as long as an answer comes."""
+        return contextlib.nullcontext()
+
     def poll(self) -> None:
         """Interrupt if Ctrl-C was typed; what was typed before it is dropped, the rest is kept for the next line."""
         while not self._ended and select.select([sys.stdin], [], [], 0)[0]:
@@ -104,20 +114,10 @@ class Terminal:
             self._interrupt()
 
 
-def _set(device: int, attributes: list[Any]) -> None:
+def set_modes(device: int, attributes: list[Any]) -> None:
     """Set a terminal's attributes, from the background, too: Open MPI's ranks are in mpirun's session."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTTOU})  # which would stop this process
     try:
         termios.tcsetattr(device, termios.TCSANOW, attributes)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _launcher_terminal() -> str | None:
-    """Return the terminal of the nearest process above this one that has one."""
-    with contextlib.suppress(psutil.Error):
-        for process in psutil.Process().parents():
-            terminal = process.terminal()
-            if terminal is not None:
-                return str(terminal)
-    return None

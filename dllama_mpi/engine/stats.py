@@ -186,7 +186,7 @@ class Stats:
         }
 
     def step_lines(self) -> list[str]:
-        """Return a line for the prompt and for each decode step, as `--stats` shows them."""
+        """Return a line for the prompt and for each decode step, as `--stats=steps` shows them."""
         lines = []
         for name, steps in (("prompt", self.prefill), ("token", self.decode)):
             for s in steps:
@@ -197,6 +197,17 @@ class Stats:
                     f"  sent {s.sent / 1e3:8.1f} kB  received {s.received / 1e3:8.1f} kB{drafts}"
                 )
         return lines
+
+    def speed_line(self) -> str:
+        """Return what a call came to, in a line."""
+        rate = self.decode_tokens_per_second
+        first = self.first_token_seconds
+        return f"{self.output_tokens} tokens" + "".join(
+            [
+                "" if rate is None else f", {rate:.1f} tokens/s",
+                "" if first is None else f"; the first after {first:.2f} s",
+            ]
+        )
 
     def summary_lines(self) -> list[str]:
         """Return the closing lines of `--stats`."""

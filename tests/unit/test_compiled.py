@@ -69,4 +69,5 @@ print(numbers.tolist())
     )
     assert done.stdout == "[700.0, 700.0, 700.0]\n"
     (line,) = done.stderr.splitlines()
-    assert line == f"warning: compiled kernels cannot be kept in {tmp_path}: File too large"
+    assert line.startswith(f"warning: compiled kernels cannot be kept in {tmp_path}/")
+    assert line.endswith(": File too large")
