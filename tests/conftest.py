@@ -23,20 +23,23 @@ FIRST = ("unit/test_convert.py", "unit/test_model.py", "unit/test_families.py")
 """Tests that compile what others need, and those that take longest."""
 
 
-MANY, EVERY = 12, 3
-"""Of a test with more cases than that, the quick tier tries every third, the slow tier the others."""
+MANY, TIERS = 12, 3
+"""Of a test with more cases than that, each tier tries every third: quick, slow and long."""
 
 
 def thin_out(items: list[pytest.Item]) -> None:
-    """Mark two thirds of long lists of cases as slow."""
+    """Spread long lists of cases over the tiers; what is long is no part of the slow tier."""
     cases: dict[tuple[str, str], list[pytest.Item]] = {}
     for item in items:
         if isinstance(item, pytest.Function) and item.get_closest_marker("slow") is None:
             cases.setdefault((str(item.path), item.originalname), []).append(item)
     for some in cases.values():
         for i, item in enumerate(some if len(some) > MANY else ()):
-            if i % EVERY:
-                item.add_marker(pytest.mark.slow)
+            if i % TIERS:
+                item.add_marker(pytest.mark.slow if i % TIERS == 1 else pytest.mark.long)
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker(pytest.mark.slow)
 
 
 def is_with_mpi(item: pytest.Item) -> bool:
