@@ -25,6 +25,7 @@ MODES = ("auto", "bar", "lines", "off")
 VARIABLE = "DLLAMA_MPI_PROGRESS"
 QUIET_SECONDS = 2.0
 LINE_SECONDS = 5.0  # between two lines, at least
+_LONGEST_PAUSE, _PAUSE_SHARE = 60.0, 0.05  # seconds between lines of long work, and of the time it has taken
 _DRAW_SECONDS = 0.25
 _AFTER_LINE_SECONDS = 0.5  # until a bar is drawn again: a line passes through the launcher meanwhile
 _BAR, _LEAST_BAR = 24, 6  # characters
@@ -41,6 +42,7 @@ class Progress:
     Attributes:
         what: the work, for people. total: how much it is, None if that is not known. unit: of what, in the plural;
             "bytes" are told as MB and GB. done: how much of it has been done. note: more to be told of it.
+            started: when, on the monotonic clock.
     """
 
     def __init__(
@@ -123,14 +125,14 @@ class _Display:
         self._running: list[Progress] = []
         self._thread: threading.Thread | None = None
         self._terminal: int | None = None  # of the bar; None where there are lines
-        self._is_chosen = self._is_drawn = False
+        self._chosen_for = "off"  # the mode that the terminal was chosen for
+        self._is_drawn = False
         self._said = self._cleared = float("-inf")
 
     def use(self, mode: str) -> None:
         """Show progress so from now on."""
         with self._changed:
-            if mode != self._mode:
-                self._mode, self._is_chosen = mode, False
+            self._mode = mode
 
     def begin(self, progress: Progress) -> None:
         if self._mode == "off":
@@ -165,10 +167,13 @@ class _Display:
             self._thread = None
 
     def _show(self, progress: Progress, now: float) -> None:
-        if not self._is_chosen:
-            self._terminal, self._is_chosen = _terminal(self._mode), True
+        if self._mode == "off":
+            return
+        if self._mode != self._chosen_for:
+            self._terminal, self._chosen_for = _terminal(self._mode), self._mode
         if self._terminal is None:
-            if now - self._said >= LINE_SECONDS:
+            pause = max(LINE_SECONDS, min(_LONGEST_PAUSE, _PAUSE_SHARE * progress.seconds()))
+            if now - self._said >= pause:
                 self._said = now
                 log.say(progress.line())
         elif now - self._cleared >= _AFTER_LINE_SECONDS:

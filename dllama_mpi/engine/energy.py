@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -54,14 +55,17 @@ class _Counter:
     """
 
     def __init__(self, zone: Path) -> None:
-        self._path = zone / "energy_uj"
         self._most = int((zone / "max_energy_range_uj").read_text())
-        self._last, self._sum = int(self._path.read_text()), 0
+        self._file = os.open(zone / "energy_uj", os.O_RDONLY | os.O_CLOEXEC)  # kept: it is read after every step
+        self._last, self._sum = self._now(), 0
+
+    def _now(self) -> int:
+        return int(os.pread(self._file, 32, 0))
 
     def read(self) -> int:
         """Return the energy since the counter was found; what it was before, if it cannot be read any more."""
         with contextlib.suppress(OSError, ValueError):
-            now = int(self._path.read_text())
+            now = self._now()
             self._sum += now - self._last + (self._most if now < self._last else 0)
             self._last = now
         return self._sum

@@ -78,8 +78,9 @@ def test_counters_that_cannot_be_read_are_none(zones: Zones, tmp_path: Path) -> 
     assert meter
     zones.set("intel-rapl:1", MOST)
     assert meter.joules() == 1.0
-    (zones.folder / "intel-rapl:1" / "energy_uj").unlink()
+    (zones.folder / "intel-rapl:1" / "energy_uj").write_text("")
     assert meter.joules() == 1.0
+    (zones.folder / "intel-rapl:1" / "energy_uj").unlink()
     assert not Packages(zones.folder)
 
 

@@ -235,6 +235,14 @@ def test_a_prompt_is_told_while_it_is_read(at_once: None, capfd: pytest.CaptureF
     assert told
 
 
+def test_a_text_that_is_scored_is_told_by_steps() -> None:
+    llm = LLM("demo", prefill_chunk=4, max_seq_len=64)
+    read: list[int] = []
+    scores = llm.log_probabilities(list(range(100, 111)), read.append)
+    assert scores is not None
+    assert read == [4, 4, 2]
+
+
 def test_the_environment_may_say_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(progress.VARIABLE)
     assert progress.chosen(None) == "auto"
@@ -244,3 +252,30 @@ def test_the_environment_may_say_how(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match="DLLAMA_MPI_PROGRESS=loud: must be one of auto, bar, lines, off"):
         progress.chosen(None)
     assert progress.chosen("off") == "off"
+
+
+COLD = """
+    import numpy as np
+    from dllama_mpi import progress
+    progress.QUIET_SECONDS = progress.LINE_SECONDS = 0.0
+    progress._DRAW_SECONDS = 0.001
+    progress.show_progress("lines")
+    from dllama_mpi.kernels.sampling import log_sum_exp
+    print(log_sum_exp(np.zeros(1, np.float32), 1.0))
+    progress.QUIET_SECONDS = 1e9
+    progress.show_progress("off")
+"""
+"""A program that wants a kernel which no cache has."""
+
+
+@pytest.mark.slow  # it compiles
+def test_compiling_is_told(tmp_path: Path) -> None:
+    env = environment({"NUMBA_CACHE_DIR": str(tmp_path)})
+    said = []
+    for _ in range(2):
+        command = [sys.executable, "-c", textwrap.dedent(COLD)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, check=True)
+        assert float(done.stdout) == 0
+        said.append(done.stderr)
+    assert "compiling kernels (sampling): " in said[0]
+    assert said[1] == ""
