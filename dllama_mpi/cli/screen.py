@@ -27,6 +27,7 @@ import psutil
 from ..log import say
 from ..parallel.launch import launched
 
+_LAUNCHERS = ("mpiexec", "mpirun", "prterun", "prte", "orterun")  # how their processes' names begin
 # Of MPICH's and Open MPI's mpiexec, without dashes: what is written goes into files, or gets marks.
 _OUTPUT_OPTIONS = ("outfile", "prepend", "output", "tag-output", "timestamp-output", "xml", "xterm", "merge-stderr")
 _SETTLE_SECONDS = 0.25
@@ -76,12 +77,12 @@ def _launcher_streams() -> Streams | None:
 
 
 def launcher_process() -> tuple[psutil.Process, str] | None:
-    """Return the nearest process above this one that has a terminal, and the terminal's path."""
+    """Return the mpiexec above this process and its terminal's path; None if it has none, or is on another host."""
     with contextlib.suppress(psutil.Error):
         for process in psutil.Process().parents():
-            terminal = process.terminal()
-            if terminal is not None:
-                return process, str(terminal)
+            if process.name().startswith(_LAUNCHERS):  # those further up may have other terminals
+                terminal = process.terminal()
+                return None if terminal is None else (process, str(terminal))
     return None
 
 

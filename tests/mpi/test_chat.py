@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import termios
@@ -138,7 +139,8 @@ def typed(shell: str, folder: Path) -> str:
     return terminal.seen
 
 
-@pytest.mark.parametrize("ranks", [slow(0), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [0, 2])
 def test_a_text_on_a_terminal_stands_behind_its_prompt(ranks: int, tmp_path: Path) -> None:
     """And a file or a pipe gets the text alone, whoever sits at the terminal."""
     line = shlex.join(command(ranks, *TEXT))
@@ -156,6 +158,17 @@ def test_a_text_on_a_terminal_stands_behind_its_prompt(ranks: int, tmp_path: Pat
     assert piped.endswith(body)
     assert "Return the" not in piped
     assert "tokens/s" not in lines.read_text()
+
+
+@pytest.mark.slow
+def test_a_job_without_a_terminal_leaves_that_of_others_alone(tmp_path: Path) -> None:
+    """Such as a shell's further up."""
+    if shutil.which("setsid") is None:
+        pytest.skip("no setsid on this system")
+    file = tmp_path / "text"
+    seen = typed(f"setsid -w {shlex.join(command(2, *TEXT))} </dev/null >{file} 2>&1", tmp_path)
+    assert seen == ""
+    assert len(file.read_text()) > 5
 
 
 @pytest.mark.slow
@@ -195,6 +208,7 @@ def test_a_terminal_that_can_do_nothing_gets_lines(tmp_path: Path) -> None:
     assert "\x1b[" not in terminal.seen
 
 
+@pytest.mark.slow
 def test_with_a_server(tmp_path: Path) -> None:
     with scripted() as server:
         terminal = typist([*PROGRAM, "chat", "--url", server.url], tmp_path, NO_COLOR="1")

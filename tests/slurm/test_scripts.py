@@ -42,7 +42,7 @@ def script(name: str) -> str:
 
 def text_of(log: str) -> str:
     """Return what a job of generate.sbatch has generated: its log without the line of the job and without figures."""
-    return log.partition("caches in")[2].partition("\n")[2].partition("\nprompt x")[0]
+    return re.split(r"\nprompt \d+ tokens, ", log.partition("caches in")[2].partition("\n")[2])[0]
 
 
 def requests(path: Path, count: int, tokens: int) -> Path:
