@@ -48,6 +48,6 @@ def test_ranks_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_kind_of_computer_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(emulated.platform, "machine", lambda: "riscv64")
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
     with pytest.raises(emulated.UnavailableError, match=r"for Linux on x86_64, this is .* on riscv64"):
         emulated.setup()
