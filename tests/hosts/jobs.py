@@ -24,7 +24,7 @@ def job(ranks: Sequence[Sequence[str]], args: Sequence[str], timeout: float = 60
     return run(command, timeout, ENVIRONMENT)
 
 
-def text(ranks: Sequence[Sequence[str]], *options: str, timeout: float = 600) -> str:
+def text(ranks: Sequence[Sequence[str]], *options: str, timeout: float = 1800) -> str:
     """Return what a job writes of the demo model's likeliest text."""
     args = ["-m", "dllama_mpi", "--prompt", "This module provides", "--steps", "20", "--temperature", "0"]
     done = job(ranks, [*args, "--sync", "direct", "--timeout", str(timeout), *options], timeout)

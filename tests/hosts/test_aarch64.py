@@ -1,7 +1,7 @@
 """On a Raspberry Pi 4's and a Raspberry Pi 5's core, emulated: kernels, parity, and jobs, also with this host's ranks.
 
 The emulated Python is of another minor version than this one, mostly, and then such jobs are of two Pythons as well.
-Compiling takes ten times as long there: the slow tier runs a few; `python tests/hosts/emulated.py check` runs all.
+Compiling takes ten times as long there: the slow tier runs one job; `python tests/hosts/emulated.py check` runs all.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from dllama_mpi.kernels.layout import FORMATS
 from tests.hosts import emulated
 from tests.hosts.jobs import HERE, job, text
 from tests.mpi.launch import ROOT, run
@@ -29,22 +30,16 @@ BOUND = "test_within_the_bound_of_the_format"
 MIXTURES = [("f32", "q4m", "f16"), ("mxfp4", "mxfp4", "q40")]
 CONV = "ConvCase(channels=100, taps=4, bias=True)"
 ISAS = {"pi4": "neon-cortex-a72", "pi5": "neondot-cortex-a76"}
-BESIDE_Q4M = ("q40", "iq4nl", "mxfp4", "q80", "f16")
-
-
-def few_kernels(board: str) -> tuple[str, ...]:
-    """Return tests of what is emitted for a board, compiled without Numba."""
-    names = (f"kernel[{ISAS[board]}-q4m]", f"dot4[{ISAS[board]}]", "description")
-    return tuple(f"test_isa.py::test_{name}" for name in names)
 
 
 def kernels(board: str) -> tuple[str, ...]:
     """Return tests of every kernel against its twin, one case or a few of each."""
     return (
-        *few_kernels(board),
+        f"test_isa.py::test_dot4[{ISAS[board]}]",
+        "test_isa.py::test_description",
         *(f"test_isa.py::test_exp[{ISAS[board]}-{lanes}]" for lanes in (4, 16)),
-        *(f"test_isa.py::test_kernel[{ISAS[board]}-{fmt}]" for fmt in BESIDE_Q4M),
-        *(f"test_products.py::test_matmul[{tokens}-{fmt}]" for tokens in (1, 3) for fmt in ("q4m", *BESIDE_Q4M)),
+        *(f"test_isa.py::test_kernel[{ISAS[board]}-{fmt}]" for fmt in FORMATS),
+        *(f"test_products.py::test_matmul[{tokens}-{fmt}]" for tokens in (1, 3) for fmt in FORMATS),
         *(f"test_packing.py::test_pack_tiles[(16, 32)-{fmt}]" for fmt in ("q4m", "mxfp4", "f16")),
         *(f"test_gguf_tensors.py::{BOUND}[0-{kind}]" for kind in ("Q4_0", "Q4_K", "Q6_K", "MXFP4")),
         *(f"test_quantised_safetensors.py::test_values_are_those_stored[llama31-{kind}]" for kind in ("gptq", "awq")),
@@ -92,12 +87,8 @@ def run_tests(board: str, tests: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_few_kernels() -> None:
-    run_tests("pi5", few_kernels("pi5"))
-
-
 def test_one_job_with_this_host(expected: Callable[..., str]) -> None:
-    assert text([HERE, on("pi4")], timeout=TIMEOUT) == expected()
+    assert text([HERE, on("pi4")], *F32, timeout=TIMEOUT) == expected(*F32)
 
 
 @takes_long
