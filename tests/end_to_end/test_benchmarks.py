@@ -9,7 +9,7 @@ import pytest
 from tests.mpi.launch import ROOT
 from tests.mpi.pool import pool
 
-LIBRARIES = {"report.py", "twins.py"}
+LIBRARIES = {"report.py", "soak_requests.py", "twins.py"}
 SCRIPTS = sorted(path for path in (ROOT / "benchmarks").glob("*.py") if path.name not in LIBRARIES)
 
 
