@@ -18,6 +18,7 @@ from tests.mpi.launch import ROOT
 DOCUMENTS = sorted(
     [ROOT / "README.md", ROOT / "slurm/README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md")]
 )
+PI_PAGE = ROOT / "docs" / "raspberry-pi.md"  # whose commands run on hosts
 SHELLS = ("sh", "console")
 LANGUAGES = (*SHELLS, "text", "toml", "python", "yaml", "ini")
 
@@ -150,6 +151,9 @@ def check(text: str) -> None:
         _check_sbatch(words[1:])
 
 
+_parser = functools.cache(parser)
+
+
 def parse(given: Sequence[str]) -> None:
     """Have the program's own parser read arguments."""
     words = [_VALUES.get(word, word) for word in given]
@@ -158,7 +162,7 @@ def parse(given: Sequence[str]) -> None:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            args = parser().parse_args(words)
+            args = _parser().parse_args(words)
     except SystemExit:
         raise AssertionError(f"{shlex.join(given)}: {said.getvalue()}") from None
     if words[0] == "launch":
@@ -192,7 +196,7 @@ def _check_sbatch(words: Sequence[str]) -> None:
 def options() -> frozenset[str]:
     """Return all options of the program's commands and of the scripts in benchmarks/."""
     found = set()
-    for action in parser()._actions:
+    for action in _parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             for sub in action.choices.values():
                 found |= {name for each in sub._actions for name in each.option_strings}
@@ -202,6 +206,9 @@ def options() -> frozenset[str]:
 
 
 def strange_options(span: str) -> list[str]:
-    """Return the options between two backticks that no program has."""
+    """Return the options between two backticks that no program has; of other programs' commands nothing is known."""
+    first = span.split()[0]
+    if not (first.startswith("-") or first in COMMANDS or is_of_the_program(span)):
+        return []
     words = re.findall(r"(?:^|[\s\[(])(--?[a-zA-Z][\w-]*)", span)
     return [word for word in words if word not in options() | OTHERS]
