@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -57,6 +58,7 @@ def pis(count: int, folder: Path) -> Iterator[Pis]:
         for i in range(count):
             _wire(net, i)
             stack.enter_context(serving(folder, net.address(i), 22, _inside(net, i, folder)))
+            stack.callback(_end, f"{net.name}{i}")
         config = f"User root\nIdentityFile {folder}/user\nIdentitiesOnly yes\nUserKnownHostsFile /dev/null\n"
         (home / "outside").write_text(
             config + "GlobalKnownHostsFile /dev/null\nStrictHostKeyChecking no\nLogLevel ERROR\n"
@@ -78,8 +80,9 @@ def _make_home(home: Path, folder: Path, names: list[str], host: str) -> None:
     for program in Path(launcher()).parent.iterdir():
         if program.name.startswith(("mpi", "hydra")):
             (home / "dllama" / "bin" / program.name).symlink_to(program)
-    for library in Path(sys.prefix, "lib").glob("lib*.so*"):  # MPI's, where it came as a wheel
-        (home / "dllama" / "lib" / library.name).symlink_to(library)
+    for entry in Path(sys.prefix, "lib").iterdir():  # MPI's library, where it came as a wheel
+        if not entry.name.startswith("python"):
+            (home / "dllama" / "lib" / entry.name).symlink_to(entry)
     passwd = [line for line in Path("/etc/passwd").read_text().splitlines() if not line.startswith("root:")]
     (folder / "passwd").write_text("\n".join([f"root:x:0:0:root:{home}:/bin/bash", *passwd, ""]))
 
@@ -122,3 +125,11 @@ def _inside(net: Lan, i: int, folder: Path) -> list[str]:
     unshare = ["unshare", "--uts", "--ipc", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     script = " && ".join([*(shlex.join(shlex.split(step)) for step in steps), 'exec "$@"'])
     return ["ip", "netns", "exec", f"{net.name}{i}", *unshare, "sh", "-c", script, "-"]
+
+
+def _end(space: str) -> None:
+    """Kill what runs on a host: what has started its sshd does not pass on signals."""
+    listed = subprocess.run(["ip", "netns", "pids", space], check=True, capture_output=True, text=True).stdout
+    for pid in listed.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)

@@ -1,4 +1,7 @@
-"""Every command of the documents: its options are known, and it is run, or is listed here with the reason why not."""
+"""Every command of the documents: its options are known, and it is run, or is listed here with the reason why not.
+
+Run are this program's commands alone, and few others that are written down here: never what a document happens to say.
+"""
 
 from __future__ import annotations
 
@@ -43,26 +46,54 @@ NOT_RUN = {
 }
 """Patterns of whole commands that are not run, and why."""
 
+MINE = re.compile(
+    r"([A-Z_]+=\S+ )?((mpiexec|mpirun)( --?[\w-]+ [\w:.]+)+ )?"
+    r"python (-m dllama_mpi|benchmarks/\w+\.py)( [^;&|<>`$\n]*)?"
+)
+"""A command of this program, from its beginning to its end: nothing for the shell stands in it."""
+
+ON_PIS = (
+    r"for host in pi0 pi1 pi2 pi3; do ssh \$host hostname; done",
+    r"\. ~/dllama/bin/activate",
+    r"printf '%s:1\\n' pi0 pi1 pi2 pi3 > hosts",
+    r"curl http://pi0:9990/health",
+    r"cat > pis\.toml <<EOF\n[^$`]*\nEOF",
+)
+"""Other commands that test_raspberry_pi runs."""
+
 SUBSTITUTES = {
-    "pi0,pi1,pi2,pi3": "localhost:4",
-    "pi0,pi1": "localhost:2",
+    "pi0,pi1,pi2,pi3": "localhost:2",
+    "pi0,pi1 ": "localhost:2 ",
     "--port 9990": "--port 0",
+    "--host 0.0.0.0": "--host 127.0.0.1",
     "serve --model DIR$": "serve --model DIR --port 0",
     "--api-key SECRET$": "--api-key SECRET --port 0",
-    "-p 512 -n 128 -r 5": "-p 64 -n 16 -r 1",
-    "--random llama3.1-8b -n 64": "--random tiny -n 8 -r 1",
-    "--ranks 1,2,4 --model DIR": "--ranks 1,2 --model DIR -p 16 -n 4 -r 1",
+    "-p 512 -n 128 -r 5": "-p 64 -n 8 -r 1",
+    "--random llama3.1-8b -n 64": "--random tiny -p 8 -n 4 -r 1",
+    "--ranks 1,2,4 --model DIR": "--ranks 1,2 --model DIR -p 8 -n 4 -r 1",
     "all_reduce.py": "all_reduce.py --tokens 1 --payloads q80 -r 2",
+    "speculate.py": "speculate.py --steps 8 -r 1 --nthreads 1",
+    " -n 4 ": " -n 2 ",
+    " -n 3 ": " -n 2 ",
+    " -np 4 ": " -np 2 ",
 }
 """What is put in the place of what this machine has not, or what takes long. Files that commands name are made."""
 
 
 def reason(command: Command) -> str | None:
-    """Return why a command is not run; None if it is."""
+    """Return why a command is not run; None if it may be."""
     return next((why for pattern, why in NOT_RUN.items() if re.fullmatch(pattern, command.text)), None)
 
 
-RUN = [command for command in COMMANDS if reason(command) is None and command.file != PI_PAGE]
+def may_run(command: Command) -> bool:
+    """Return whether a command is one of those that are run, and no reason is against it."""
+    is_safe = MINE.fullmatch(command.text) or (
+        command.file == PI_PAGE and any(re.fullmatch(pattern, command.text) for pattern in ON_PIS)
+    )
+    return bool(is_safe) and reason(command) is None
+
+
+RUN = [command for command in COMMANDS if may_run(command) and command.file != PI_PAGE]
 
 
 # ---- quick: what can be seen without running anything
@@ -80,16 +111,27 @@ def test_options_are_known(path: Path) -> None:
         assert not strange_options(span), f"{path}: `{span}`"
 
 
-def test_commands_of_other_programs_are_in_the_table() -> None:
-    """What is run is of this program: whatever else the documents say needs a reason."""
-    for command in RUN:
-        assert re.search(r"python (-m dllama_mpi|benchmarks/)", command.text), (
-            f"{command} is neither run nor in NOT_RUN"
-        )
+def test_commands_are_run_or_have_a_reason() -> None:
+    for command in COMMANDS:
+        assert may_run(command) or reason(command), f"{command} is neither run nor in NOT_RUN"
 
 
-def test_reasons_are_of_commands() -> None:
-    for pattern in NOT_RUN:
+@pytest.mark.parametrize(
+    "text",
+    [
+        "sudo reboot",
+        "python -m dllama_mpi info; rm x",
+        "python -m dllama_mpi info $(rm x)",
+        "rm x; mpiexec -n 2 python -m dllama_mpi",
+        "cat > pis.toml <<EOF\nx\nEOF",
+    ],
+)
+def test_other_commands_are_never_run(text: str) -> None:
+    assert not may_run(Command(ROOT / "README.md", 1, text))
+
+
+def test_tables_are_of_commands() -> None:
+    for pattern in (*NOT_RUN, *ON_PIS):
         assert any(re.fullmatch(pattern, command.text) for command in COMMANDS), pattern
     for text in SUBSTITUTES:
         assert any(re.search(_pattern(text), command.text) for command in COMMANDS), text
