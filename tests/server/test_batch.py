@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -131,36 +132,59 @@ def until_answered(path: Path, lines: int, seconds: float = 300) -> None:
         time.sleep(0.01)
 
 
-def kill_at(folder: Path, seconds: float) -> None:
-    """Kill a run, every process of it, after some seconds; it may have ended before."""
+def kill_at(folder: Path, seconds: float, answered: int) -> None:
+    """Kill a run, every process of it, some seconds after there are so many answers; it may have ended before."""
     mark = f"{run_mark()}/batch-{folder.name}-{time.monotonic_ns()}"
     options = ["--input", str(folder / "in"), "--output", str(folder / "out")]
-    with start([sys.executable, *MODEL, *options], {guard.VARIABLE: mark}) as process:
+    with start([sys.executable, *MODEL, *options], {guard.VARIABLE: mark}, stdout=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 300
+        while len(whole_lines(folder / "out")) < answered and process.poll() is None:
+            assert time.monotonic() < end, "no answers come"
+            time.sleep(0.005)
         time.sleep(seconds)
         guard.end_marked(mark)
         process.communicate()
 
 
+def whole_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+
+
+def kill_till_answered(folder: Path, count: int, kills: int, rng: random.Random) -> int:
+    """Kill a batch again and again, until it is whole or this often; what was answered stays. Return how often."""
+    write(folder / "in", requests(count))
+    kept: list[bytes] = []
+    for done in range(kills):
+        if len(kept) == count:
+            return done
+        # At any moment of the start, or while answers come.
+        moment = (rng.uniform(0.1, 3.0), 0) if rng.random() < 0.4 else (rng.uniform(0.0, 0.3), len(kept) + 1)
+        kill_at(folder, *moment)
+        lines = whole_lines(folder / "out")
+        assert lines[: len(kept)] == kept
+        kept = lines
+    return kills
+
+
+def texts(path: Path) -> dict[str, Any]:
+    return {each["custom_id"]: each["response"]["body"]["choices"] for each in answers(path)}
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment(tmp_path: Path) -> None:
     """Nothing is lost, nothing is there twice. DLLAMA_MPI_KILLS: how often it is killed."""
-    count, kills = 300, int(os.environ.get("DLLAMA_MPI_KILLS", "8"))
-    write(tmp_path / "in", requests(count))
-    rng = random.Random(4)
-    kept: list[bytes] = []
-    for _ in range(kills):
-        kill_at(tmp_path, rng.uniform(0.2, 3.0))
-        data = (tmp_path / "out").read_bytes() if (tmp_path / "out").exists() else b""
-        lines = data.split(b"\n")[:-1]
-        assert lines[: len(kept)] == kept
-        kept = lines
-    done = run([sys.executable, *MODEL, "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")])
-    assert done.returncode == 0
-    found = answers(tmp_path / "out")
-    assert sorted(each["custom_id"] for each in found) == sorted(f"line-{i + 1}" for i in range(count))
-    run([sys.executable, *MODEL, "--input", str(tmp_path / "in"), "--output", str(tmp_path / "whole")])
-    texts = [
-        {each["custom_id"]: each["response"]["body"]["choices"] for each in some}
-        for some in (found, answers(tmp_path / "whole"))
-    ]
-    assert texts[0] == texts[1]
+    count, left, rng = 300, int(os.environ.get("DLLAMA_MPI_KILLS", "8")), random.Random(4)
+    folder = tmp_path
+    for number in range(left):  # a batch that is whole cannot be killed: then there is a new one
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        left -= kill_till_answered(folder, count, left, rng)
+        done = run([sys.executable, *MODEL, "--input", str(folder / "in"), "--output", str(folder / "out")])
+        assert done.returncode == 0
+        found = answers(folder / "out")
+        assert sorted(each["custom_id"] for each in found) == sorted(f"line-{i + 1}" for i in range(count))
+        if left == 0:
+            break
+    run([sys.executable, *MODEL, "--input", str(folder / "in"), "--output", str(tmp_path / "whole")])
+    for one in tmp_path.glob("*/out"):
+        assert texts(one) == texts(tmp_path / "whole")
