@@ -75,7 +75,10 @@ def test_json_and_stats() -> None:
     assert sum(line.strip().startswith("token") for line in lines) == 39
     assert any(line.strip().startswith("prompt x") for line in lines)
     assert any("tokens/s" in line for line in lines)
-    assert pool(1).run(GREEDY).stdout == report["text"] + "\n"
+    alone = pool(1).run([*GREEDY, "--stats"])
+    assert alone.stdout == report["text"] + "\n"
+    assert "tokens/s" in alone.stderr
+    assert "token x" not in alone.stderr
 
 
 def test_stop_string_and_prompt_file(tmp_path: Path) -> None:
