@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import DllamaError
-from ..parallel.launch import abandon, is_root_process, leave
+from ..parallel.launch import INTERRUPTED, is_root_process, leave
 from . import (
     batch,
     bench,
@@ -27,6 +27,7 @@ from . import (
     remove,
     serve,
 )
+from .interrupt import ending_at_interrupt
 
 COMMANDS: dict[str, Any] = {
     "generate": generate,
@@ -85,12 +86,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.insert(0, "generate")
     args = parser().parse_args(given)
     args.given, args.commands = given, tuple(COMMANDS)
-    try:
-        return int(args.run(args) or 0)
-    except DllamaError as error:
-        return leave(error)
-    except KeyboardInterrupt:  # before there was anything to interrupt: while loading, say
-        return abandon(130)
-    except BrokenPipeError:  # the reader of our output has gone
-        sys.stderr.close()
-        return 1
+    with ending_at_interrupt():
+        try:
+            return int(args.run(args) or 0)
+        except DllamaError as error:
+            return leave(error)
+        except KeyboardInterrupt:  # before there was anything to interrupt: while loading, say
+            return INTERRUPTED
+        except BrokenPipeError:  # the reader of our output has gone
+            sys.stderr.close()
+            return 1

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from ..parallel.group import connect
     from ..planning.bench import Bench, combine
 
-    group = connect()
+    group = connect(args.timeout)
     args = group.broadcast(args)
     with group.together():
         lengths = (args.n_prompt or [PROMPT], args.n_gen or [GENERATED], args.pg)

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from ..parallel.group import connect
     from ..text.chat_template import ChatTemplate
 
-    group = connect()
+    group = connect(args.timeout)
     llm = load(args, group)
     with group.together():
         if group.is_root:

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     from ..engine.stats import Stats
     from ..parallel.group import connect
 
-    group = connect()
+    group = connect(args.timeout)
     with group.together():
         prompt = _prompt(args) if group.is_root else ""  # rank 0 alone reads files and the terminal
     llm = load(args, group)

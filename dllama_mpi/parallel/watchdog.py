@@ -38,10 +38,15 @@ TIMEOUT = 30.0  # seconds of silence, unless told otherwise
 LEAST_TIMEOUT, LONGEST_TIMEOUT = 1.0, 86400.0
 LAST_WORDS_SECONDS = 0.3  # in which a launcher passes on what a rank has said before the job is ended
 _BEAT_SECONDS = 1.0
-_SLACK = 0.5  # a look that comes this much late means that this process itself was stopped
+SLACK = 0.5  # a look that comes this much late means that this process itself was stopped
 _ABORT_SECONDS = 2.0  # MPI's abort, or that of the rank which failed, should have ended this process by then
 _LEFT_SECONDS = 5.0  # a worker waits this long for a root that is leaving
 _NOTHING_YET = Message(Kind.BEAT, Phase.LOADING, 0, 0, 0.0)
+
+
+def is_timeout(value: Any) -> bool:
+    """Return whether a value can be the watchdog's timeout."""
+    return isinstance(value, (int, float)) and (value == 0 or LEAST_TIMEOUT <= value <= LONGEST_TIMEOUT)
 
 
 @dataclass
@@ -161,7 +166,7 @@ class Watchdog:
                 key.data()
             now = time.monotonic()
             late = now - looked - pause
-            if late > _SLACK:  # stopped and continued: its own clock says nothing about others
+            if late > SLACK:  # stopped and continued: its own clock says nothing about others
                 for peer in list(self._peers.values()):
                     peer.heard = min(now, peer.heard + late)
             looked = now

@@ -1,0 +1,151 @@
+"""The roll call: a start that does not get on ends the job, where the watchdog does not watch yet.
+
+Until MPI is up on every rank, a rank that is dead, stopped or was never started leaves the others to wait in MPI's
+start for ever, and nobody has a connection to anybody. So each rank has a thread look at the clock; when time is up it
+looks at the processes of its own host (see `siblings`), says what can be known, and ends this process. Launchers end
+the others with it. The thread also ends this process at Ctrl-C, which the main thread does not see while it waits in C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
+
+from .launch import INTERRUPTED, Launched, abandon, host_name, is_started, launched
+from .siblings import Sibling, mark_as_waiting, siblings
+from .watchdog import LAST_WORDS_SECONDS, SLACK
+
+_MOST = 10  # times the timeout: so long at most is a rank waited for that is at work
+_TURN_SECONDS = 0.25  # between ranks that might say the same
+_BLIND_TURNS = 4  # which those who see nothing missing wait besides
+
+
+@contextlib.contextmanager
+def roll_call(timeout: float) -> Iterator[None]:
+    """Watch over a block in which this rank waits for the others to start MPI. Without others it does nothing.
+
+    timeout: seconds; 0: Ctrl-C alone ends the block.
+    """
+    found = launched()
+    if found is None or found.ranks == 1 or is_started():
+        yield
+        return
+    call = RollCall(found, timeout)
+    try:
+        yield
+    finally:
+        call.end()
+
+
+class RollCall:
+    """The thread, and how the main one dismisses it."""
+
+    def __init__(self, job: Launched, timeout: float) -> None:
+        self._job, self._timeout = job, timeout
+        self._alarm, self._bell = socket.socketpair()
+        self._alarm.setblocking(False)
+        self._bell.setblocking(False)
+        self._before: int | None = None
+        if getattr(signal.getsignal(signal.SIGINT), "ends_job", False):  # else it is somebody else's affair
+            self._before = signal.set_wakeup_fd(self._alarm.fileno(), warn_on_full_buffer=False)
+        self._is_over = False
+        self._thread = threading.Thread(target=self._run, name="roll call", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Every rank has come, or this one leaves."""
+        self._is_over = True
+        if self._before is not None:
+            signal.set_wakeup_fd(self._before)
+        self._alarm.send(b"\0")
+        self._thread.join()
+        self._alarm.close()
+        self._bell.close()
+
+    def _run(self) -> None:
+        mark_as_waiting()
+        beat = min(1.0, self._timeout / 4 or 1.0)
+        began = looked = moved = time.monotonic()
+        seen: dict[int, Sibling] = {}
+        while not self._is_over:
+            if select.select([self._bell], [], [], beat)[0] and signal.SIGINT in self._bell.recv(64):
+                os._exit(abandon(INTERRUPTED))
+            now = time.monotonic()
+            if now - looked - beat > SLACK:  # this process was stopped itself: its clock says nothing about others
+                began, moved = began + now - looked, moved + now - looked
+            looked = now
+            if not self._timeout or now - moved < self._timeout / 2:
+                continue
+            before, seen = seen, siblings(self._job.rank_variable)
+            if now - began < _MOST * self._timeout and _at_work(before, seen):
+                moved = now
+            elif now - moved > self._timeout:
+                self._give_up(seen)
+
+    def _give_up(self, seen: Mapping[int, Sibling]) -> None:
+        """Say who is missing, if nobody else does first, and end this process; the main thread may be anywhere."""
+        blind = all(each.waits and not each.is_stopped for each in seen.values()) and len(seen) < self._job.ranks
+        turns = min(self._job.rank, 8) + _BLIND_TURNS * blind
+        time.sleep(turns * _TURN_SECONDS)
+        if self._is_over:
+            return
+        said = verdict(self._job, seen, self._timeout, host_name())
+        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            os.write(2, f"error: {said}; ending the job\n".encode())
+        time.sleep(LAST_WORDS_SECONDS)
+        os._exit(abandon(1))
+
+
+def _at_work(before: Mapping[int, Sibling], seen: Mapping[int, Sibling]) -> bool:
+    """Return whether a rank of this host that has not come yet is on its way."""
+    late = [each for each in seen.values() if not each.waits and not each.is_stopped]
+    return any(each.rank not in before or each.has_worked_since(before[each.rank]) for each in late)
+
+
+def verdict(job: Launched, seen: Mapping[int, Sibling], timeout: float, host: str) -> str:
+    """Return what can be said of a start that has come to nothing: how many came, and who is missing."""
+    came = [each.rank for each in seen.values() if each.waits and not each.is_stopped] or [job.rank]
+    within = f"within {timeout:g} s (--timeout)"
+    late = [_told(each) for each in seen.values() if each.rank not in came]
+    unseen = [rank for rank in range(job.ranks) if rank not in seen and rank not in came]
+    is_one_host = job.local_ranks == job.ranks
+    if is_one_host and seen:
+        late += [f"rank {rank} (not running)" for rank in unseen]
+        unseen = []
+    if len(came) == job.ranks:
+        return f"all {job.ranks} ranks came, but MPI has not connected them {within}"
+    if not unseen:
+        return f"{len(came)} of {job.ranks} ranks came {within}; missing: {', '.join(late)}"
+    here = "" if is_one_host else f" on {host}"
+    missing = f"; missing: {', '.join(late)}" if late else ""
+    if job.local_ranks is not None and len(seen) < job.local_ranks and seen:
+        missing += f"; {job.local_ranks - len(seen)} more of {host} not running"
+    return (
+        f"MPI has not started {within}: of {job.ranks} ranks {len(came)} came{here}{missing}; from here"
+        f" {ranks_in_words(unseen)} cannot be seen: look at what their hosts have said"
+    )
+
+
+def _told(each: Sibling) -> str:
+    if each.is_stopped:
+        return f"rank {each.rank} (stopped)"
+    return f"rank {each.rank} ({each.command}, which has not started MPI)"
+
+
+def ranks_in_words(ranks: Collection[int]) -> str:
+    """Return "rank 3", "ranks 1 and 2", or "ranks 1 to 7": the first and the last of many."""
+    numbers = sorted(ranks)
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    is_run = len(numbers) == numbers[-1] - numbers[0] + 1
+    if len(numbers) > 2 and is_run:
+        return f"ranks {numbers[0]} to {numbers[-1]}"
+    return f"ranks {', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
