@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import DllamaError
-from ..parallel.launch import INTERRUPTED, is_root_process, leave
+from ..parallel.launch import INTERRUPTED, abandon, is_root_process, leave
 from . import (
     batch,
     bench,
@@ -92,7 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except DllamaError as error:
             return leave(error)
         except KeyboardInterrupt:  # before there was anything to interrupt: while loading, say
-            return INTERRUPTED
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            # Python itself may end by the signal at its exit; launchers would say more about that than a line.
+            os._exit(abandon(INTERRUPTED))
         except BrokenPipeError:  # the reader of our output has gone
             sys.stderr.close()
             return 1

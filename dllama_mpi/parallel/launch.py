@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import ctypes
 import os
 import socket
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..errors import ClusterError, DllamaError
-from .watchdog import LAST_WORDS_SECONDS, watchdog
+from .watchdog import LAST_WORDS_SECONDS, abort, watchdog
 
 INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
 
@@ -179,7 +178,7 @@ def _abort(comm: Any, status: int) -> None:
     """End the whole job, after a moment in which the launcher passes on what this rank has said."""
     watchdog().fail(status)
     time.sleep(LAST_WORDS_SECONDS)
-    comm.Abort(status)
+    abort(comm, status)
 
 
 def abandon(status: int) -> int:
@@ -187,9 +186,7 @@ def abandon(status: int) -> int:
     comm = _connected()
     if comm is not None:
         watchdog().fail(status)
-        with contextlib.suppress(OSError):  # MPI libraries say on every rank that they abort
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        comm.Abort(status)
+        abort(comm, status)
     return status
 
 

@@ -24,6 +24,7 @@ from .watchdog import LAST_WORDS_SECONDS, SLACK
 
 _MOST = 10  # times the timeout: so long at most is a rank waited for that is at work
 _TURN_SECONDS = 0.25  # between ranks that might say the same
+_MOST_TURNS = 8
 _BLIND_TURNS = 4  # which those who see nothing missing wait besides
 
 
@@ -81,22 +82,23 @@ class RollCall:
             if now - looked - beat > SLACK:  # this process was stopped itself: its clock says nothing about others
                 began, moved = began + now - looked, moved + now - looked
             looked = now
-            if not self._timeout or now - moved < self._timeout / 2:
-                continue
             before, seen = seen, siblings(self._job.rank_variable)
+            if gone := before.keys() - seen.keys():
+                came = f"{len(_came(self._job, seen))} of {self._job.ranks} ranks had come"
+                self._give_up(f"{ranks_in_words(gone)} on {host_name()} ended before MPI was up ({came})", False)
+            if not self._timeout:
+                continue
             if now - began < _MOST * self._timeout and _at_work(before, seen):
                 moved = now
             elif now - moved > self._timeout:
-                self._give_up(seen)
+                is_blind = len(seen) < self._job.ranks and len(_came(self._job, seen)) == len(seen)
+                self._give_up(verdict(self._job, seen, self._timeout, host_name()), is_blind)
 
-    def _give_up(self, seen: Mapping[int, Sibling]) -> None:
-        """Say who is missing, if nobody else does first, and end this process; the main thread may be anywhere."""
-        blind = all(each.waits and not each.is_stopped for each in seen.values()) and len(seen) < self._job.ranks
-        turns = min(self._job.rank, 8) + _BLIND_TURNS * blind
-        time.sleep(turns * _TURN_SECONDS)
+    def _give_up(self, said: str, is_blind: bool) -> None:
+        """Say why, if nobody else does first, and end this process; the main thread may be anywhere."""
+        time.sleep((min(self._job.rank, _MOST_TURNS) + _BLIND_TURNS * is_blind) * _TURN_SECONDS)
         if self._is_over:
             return
-        said = verdict(self._job, seen, self._timeout, host_name())
         sys.stdout.flush()
         with contextlib.suppress(OSError):
             os.write(2, f"error: {said}; ending the job\n".encode())
@@ -104,15 +106,20 @@ class RollCall:
         os._exit(abandon(1))
 
 
+def _came(job: Launched, seen: Mapping[int, Sibling]) -> list[int]:
+    """Return which ranks of this host wait for the others, this one included."""
+    return [each.rank for each in seen.values() if each.waits and not each.is_stopped] or [job.rank]
+
+
 def _at_work(before: Mapping[int, Sibling], seen: Mapping[int, Sibling]) -> bool:
     """Return whether a rank of this host that has not come yet is on its way."""
     late = [each for each in seen.values() if not each.waits and not each.is_stopped]
-    return any(each.rank not in before or each.has_worked_since(before[each.rank]) for each in late)
+    return bool(before) and any(each.rank not in before or each.has_worked_since(before[each.rank]) for each in late)
 
 
 def verdict(job: Launched, seen: Mapping[int, Sibling], timeout: float, host: str) -> str:
     """Return what can be said of a start that has come to nothing: how many came, and who is missing."""
-    came = [each.rank for each in seen.values() if each.waits and not each.is_stopped] or [job.rank]
+    came = _came(job, seen)
     within = f"within {timeout:g} s (--timeout)"
     late = [_told(each) for each in seen.values() if each.rank not in came]
     unseen = [rank for rank in range(job.ranks) if rank not in seen and rank not in came]
@@ -130,7 +137,7 @@ def verdict(job: Launched, seen: Mapping[int, Sibling], timeout: float, host: st
         missing += f"; {job.local_ranks - len(seen)} more of {host} not running"
     return (
         f"MPI has not started {within}: of {job.ranks} ranks {len(came)} came{here}{missing}; from here"
-        f" {ranks_in_words(unseen)} cannot be seen: look at what their hosts have said"
+        f" {ranks_in_words(unseen)} cannot be seen: look at what other hosts have said"
     )
 
 

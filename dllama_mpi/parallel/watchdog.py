@@ -259,7 +259,7 @@ class Watchdog:
         mpi = sys.modules["mpi4py.MPI"]
         with contextlib.suppress(Exception):
             if not mpi.Is_finalized() and mpi.Query_thread() == mpi.THREAD_MULTIPLE:
-                self._comm.Abort(1)
+                abort(self._comm, 1)
 
     def _follow(self, peer: Peer, status: int) -> None:
         """Pass on that a rank ends the job, and end with it."""
@@ -270,6 +270,13 @@ class Watchdog:
         _exit_later(2 * _ABORT_SECONDS)
         time.sleep(_ABORT_SECONDS)
         os._exit(status)
+
+
+def abort(comm: Any, status: int) -> None:
+    """End the whole job by MPI; what was to be said has been said."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries say on every rank that they abort
+    comm.Abort(status)
 
 
 def _exit_later(seconds: float) -> None:
