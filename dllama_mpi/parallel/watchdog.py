@@ -247,7 +247,7 @@ class Watchdog:
         self._send(self._message(Kind.FAILED, 1))
         _exit_later(LAST_WORDS_SECONDS + _ABORT_SECONDS)
         if self._rank > 1:  # one rank's word is enough, if that rank is there to say it
-            time.sleep(min(_ABORT_SECONDS - LAST_WORDS_SECONDS, self._rank * LAST_WORDS_SECONDS))
+            time.sleep(min(_ABORT_SECONDS - LAST_WORDS_SECONDS, 1.0 + self._rank * LAST_WORDS_SECONDS))
         ahead = "\n" if self._state[0] in (Phase.PREFILL, Phase.DECODE) else ""  # text may stand in the line
         with contextlib.suppress(OSError):
             os.write(2, f"{ahead}error: {reason}; ending the job\n".encode())

@@ -59,14 +59,14 @@ def _script(folder: Path, place: str, what: str, *ranks: int) -> str:
 
 
 def _told(job: Job) -> str:
-    """Return the one line that a job ends with; launchers may say more."""
+    """Return the one line that a job ends with, by one rank or by several at once; launchers may say more."""
     try:
         told = job.ends()
     finally:
         job.end()
     assert "Traceback" not in told
-    assert told.count("error:") == 1
-    return next(line for line in told.splitlines() if "error:" in line)
+    (said,) = {line for line in told.splitlines() if "error:" in line}
+    return said
 
 
 NEVER = {
@@ -124,9 +124,9 @@ def test_a_stopped_rank(place: str, ranks: int, victim: int, tmp_path: Path) -> 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("what", ["signal.SIGKILL", "signal.SIGINT"])
 def test_a_rank_that_a_signal_ends(place: str, what: str, tmp_path: Path) -> None:
-    """Time is not counted, but where nobody can know that the rank was ever there."""
+    """Time counts where nobody may have seen that the rank was there."""
     script = _script(tmp_path, place, f"os.kill(os.getpid(), {what})", 1)
-    job = Job(3, [script, *RUN, "--timeout", "2" if place == PLACES[0] else "0"], tmp_path)
+    job = Job(3, [script, *RUN, "--timeout", "2" if place in BEFORE_WATCHDOG else "0"], tmp_path)
     try:
         told = job.ends()
     finally:
