@@ -23,9 +23,9 @@ from .siblings import Sibling, mark_as_waiting, siblings
 from .watchdog import LAST_WORDS_SECONDS, SLACK
 
 _MOST = 10  # times the timeout: so long at most is a rank waited for that is at work
-_TURN_SECONDS = 0.25  # between ranks that might say the same
-_MOST_TURNS = 8
-_BLIND_TURNS = 4  # which those who see nothing missing wait besides
+# One rank's word is enough. What others wait before they say the same: all but rank 0, by their number up to 8, and
+# those who see nothing missing.
+_OTHERS_SECONDS, _RANK_SECONDS, _BLIND_SECONDS = 1.0, 0.3, 2.0
 
 
 @contextlib.contextmanager
@@ -84,19 +84,21 @@ class RollCall:
             looked = now
             before, seen = seen, siblings(self._job.rank_variable)
             if gone := before.keys() - seen.keys():
-                came = f"{len(_came(self._job, seen))} of {self._job.ranks} ranks had come"
+                came = f"{len(_waiting(seen))} of {self._job.ranks} ranks had come"
                 self._give_up(f"{ranks_in_words(gone)} on {host_name()} ended before MPI was up ({came})", False)
             if not self._timeout:
                 continue
-            if now - began < _MOST * self._timeout and _at_work(before, seen):
+            if now - began < _MOST * self._timeout and is_moving(self._job.ranks, before, seen):
                 moved = now
             elif now - moved > self._timeout:
-                is_blind = len(seen) < self._job.ranks and len(_came(self._job, seen)) == len(seen)
+                is_blind = len(seen) < self._job.ranks and len(_waiting(seen)) == len(seen)
                 self._give_up(verdict(self._job, seen, self._timeout, host_name()), is_blind)
 
     def _give_up(self, said: str, is_blind: bool) -> None:
         """Say why, if nobody else does first, and end this process; the main thread may be anywhere."""
-        time.sleep((min(self._job.rank, _MOST_TURNS) + _BLIND_TURNS * is_blind) * _TURN_SECONDS)
+        if self._job.rank > 0:
+            time.sleep(_OTHERS_SECONDS + _RANK_SECONDS * min(self._job.rank, 8))
+        time.sleep(_BLIND_SECONDS * is_blind)
         if self._is_over:
             return
         sys.stdout.flush()
@@ -106,20 +108,30 @@ class RollCall:
         os._exit(abandon(1))
 
 
-def _came(job: Launched, seen: Mapping[int, Sibling]) -> list[int]:
-    """Return which ranks of this host wait for the others, this one included."""
-    return [each.rank for each in seen.values() if each.waits and not each.is_stopped] or [job.rank]
+def _waiting(seen: Mapping[int, Sibling]) -> list[int]:
+    """Return which ranks of this host wait for the others."""
+    return [each.rank for each in seen.values() if each.waits and not each.is_stopped]
 
 
-def _at_work(before: Mapping[int, Sibling], seen: Mapping[int, Sibling]) -> bool:
-    """Return whether a rank of this host that has not come yet is on its way."""
-    late = [each for each in seen.values() if not each.waits and not each.is_stopped]
-    return bool(before) and any(each.rank not in before or each.has_worked_since(before[each.rank]) for each in late)
+def is_moving(ranks: int, before: Mapping[int, Sibling], seen: Mapping[int, Sibling]) -> bool:
+    """Return whether one of so many ranks has come on this host since the last look, or works on its way.
+
+    That one works which waits says nothing, as MPI libraries wait in loops; unless all have come.
+    """
+    have_all_come = len(_waiting(seen)) == ranks
+    for rank, now in seen.items():
+        then = before.get(rank)
+        if before and not now.is_stopped:
+            if then is None or (now.waits and not then.waits):
+                return True
+            if (have_all_come or not now.waits) and now.has_worked_since(then):
+                return True
+    return False
 
 
 def verdict(job: Launched, seen: Mapping[int, Sibling], timeout: float, host: str) -> str:
     """Return what can be said of a start that has come to nothing: how many came, and who is missing."""
-    came = _came(job, seen)
+    came = _waiting(seen) or [job.rank]
     within = f"within {timeout:g} s (--timeout)"
     late = [_told(each) for each in seen.values() if each.rank not in came]
     unseen = [rank for rank in range(job.ranks) if rank not in seen and rank not in came]

@@ -132,15 +132,15 @@ def test_a_rank_that_a_signal_ends(place: str, what: str, tmp_path: Path) -> Non
     finally:
         job.end()
     assert "Traceback" not in told
-    assert told.count("error:") <= 1
+    assert len({line for line in told.splitlines() if "error:" in line}) <= 1
 
 
 @pytest.mark.slow
 def test_a_rank_that_is_at_work_is_waited_for(tmp_path: Path) -> None:
     """One rank takes much longer than the timeout to come to MPI, but computes."""
-    work = "end = time.process_time() + 6\n        while time.process_time() < end: pass"
+    work = "end = time.monotonic() + 10\n        while time.monotonic() < end: pass"
     script = _script(tmp_path, "mpi4py", work, 1)
-    job = Job(2, [script, "--prompt", "Return the", "--steps", "3", "--timeout", "2"], tmp_path)
+    job = Job(2, [script, "--prompt", "Return the", "--steps", "3", "--timeout", "4"], tmp_path)
     try:
         assert job.process.wait(600) == 0, job.err.read_text()
     finally:
@@ -151,11 +151,11 @@ def test_a_rank_that_is_at_work_is_waited_for(tmp_path: Path) -> None:
 def test_a_start_that_is_suspended_goes_on(tmp_path: Path) -> None:
     """All ranks stop for longer than the timeout, as by Ctrl-Z."""
     script = _script(tmp_path, "mpi4py", f"open('{tmp_path}/came', 'a').write('x'); time.sleep(1)", 0, 1)
-    job = Job(2, [script, "--prompt", "Return the", "--steps", "3", "--timeout", "2"], tmp_path)
+    job = Job(2, [script, "--prompt", "Return the", "--steps", "3", "--timeout", "4"], tmp_path)
     try:
         job.wait_for(tmp_path / "came", "xx")
         job.send(signal.SIGSTOP, 0, 1)
-        time.sleep(4)
+        time.sleep(6)
         job.send(signal.SIGCONT, 0, 1)
         assert job.process.wait(600) == 0, job.err.read_text()
     finally:

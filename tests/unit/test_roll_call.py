@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dllama_mpi.parallel.launch import Launched
-from dllama_mpi.parallel.roll_call import ranks_in_words, verdict
+from dllama_mpi.parallel.roll_call import is_moving, ranks_in_words, verdict
 from dllama_mpi.parallel.siblings import Sibling, siblings
 
 NAME = "mpiexec (PMI)"
@@ -82,6 +82,27 @@ def test_work_shows_in_processor_time_or_bytes() -> None:
     assert not before.has_worked_since(before)
     assert _sibling(1, spent=(6, 100)).has_worked_since(before)
     assert _sibling(1, spent=(5, 101)).has_worked_since(before)
+
+
+@pytest.mark.parametrize(
+    ("before", "seen", "moves"),
+    [
+        ([], [_sibling(0), _sibling(1, waits=False)], False),  # the first look
+        ([_sibling(0)], [_sibling(0), _sibling(1, waits=False)], True),  # a rank has been started
+        ([_sibling(0), _sibling(1, waits=False)], [_sibling(0), _sibling(1)], True),  # it has come
+        ([_sibling(0), _sibling(1, waits=False)], [_sibling(0), _sibling(1, waits=False, spent=(1, 0))], True),
+        ([_sibling(0), _sibling(1, waits=False)], [_sibling(0, spent=(1, 0)), _sibling(1, waits=False)], False),
+        (
+            [_sibling(0), _sibling(1, waits=False)],
+            [_sibling(0), _sibling(1, waits=False, is_stopped=True, spent=(1, 0))],
+            False,
+        ),
+        ([_sibling(0), _sibling(1)], [_sibling(0), _sibling(1, spent=(1, 0))], True),  # MPI connects them
+        ([_sibling(0), _sibling(1)], [_sibling(0), _sibling(1)], False),
+    ],
+)
+def test_is_moving(before: list[Sibling], seen: list[Sibling], moves: bool) -> None:
+    assert is_moving(2, {each.rank: each for each in before}, {each.rank: each for each in seen}) is moves
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system has no /proc")
