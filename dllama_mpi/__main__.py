@@ -1,7 +1,17 @@
-"""`python -m dllama_mpi`."""
+"""`python -m dllama_mpi`, and the command `dllama-mpi`."""
 
+import os
+import signal
 import sys
+import threading
+
+# Until `main` has a handler of its own: what Python's would raise in the middle of an import may come out as anything.
+if threading.current_thread() is threading.main_thread() and (
+    signal.getsignal(signal.SIGINT) is signal.default_int_handler
+):
+    signal.signal(signal.SIGINT, lambda _signal, _frame: os._exit(130))
 
 from .cli import main
 
-sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

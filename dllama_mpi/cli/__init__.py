@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from .. import __version__
-from ..errors import DllamaError
-from ..parallel.launch import abandon, is_root_process, leave
+from ..errors import DllamaError, UsageError
+from ..parallel.launch import INTERRUPTED, abandon, is_root_process, leave
 from ..progress import chosen, show_progress
 from . import (
     batch,
@@ -28,6 +31,9 @@ from . import (
     remove,
     serve,
 )
+from .interrupt import ending_at_interrupt
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 COMMANDS: dict[str, Any] = {
     "generate": generate,
@@ -86,14 +92,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given.insert(0, "generate")
     args = parser().parse_args(given)
     args.given, args.commands = given, tuple(COMMANDS)
-    try:
-        mode = chosen(getattr(args, "progress", "off"))
-        show_progress(mode if is_root_process() else "off")
-        return int(args.run(args) or 0)
-    except DllamaError as error:
-        return leave(error)
-    except KeyboardInterrupt:  # before there was anything to interrupt: while loading, say
-        return abandon(130)
-    except BrokenPipeError:  # the reader of our output has gone
-        sys.stderr.close()
-        return 1
+    with ending_at_interrupt():
+        try:
+            mode = chosen(getattr(args, "progress", "off"))
+            show_progress(mode if is_root_process() else "off")
+            return int(args.run(args) or 0)
+        except DllamaError as error:
+            return leave(error)
+        except KeyboardInterrupt:  # before there was anything to interrupt: while loading, say
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+            # Python itself may end by the signal at its exit; launchers would say more about that than a line.
+            os._exit(abandon(INTERRUPTED))
+        except BrokenPipeError:  # the reader of our output has gone
+            sys.stderr.close()
+            return 1
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python would try again at its exit
+            return leave(UsageError(f"output cannot be written: {error.strerror}"))

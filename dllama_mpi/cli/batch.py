@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     """Answer what has no answer yet; every rank takes part."""
     from ..parallel.group import connect
 
-    group = connect()
+    group = connect(args.timeout)
     answers: Answers | None = None
     todo: list[Line] = []
     try:

@@ -54,9 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, and print the result on stdout."""
     from ..parallel.group import connect
+
+    group = connect(args.timeout)
     from ..planning.bench import Bench, combine
 
-    group = connect()
     args = group.broadcast(args)
     with group.together():
         lengths = (args.n_prompt or [PROMPT], args.n_gen or [GENERATED], args.pg)

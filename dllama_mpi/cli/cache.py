@@ -20,9 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print every host's entries, or what was removed, on rank 0's stdout; one rank of a host looks."""
     from ..parallel.group import connect
-    from ..weights.cache import WeightCache, folder_of
 
     group = connect()
+    from ..weights.cache import WeightCache, folder_of
+
     args = group.broadcast(args)
     found: list[dict[str, Any]] = []
     with group.together():

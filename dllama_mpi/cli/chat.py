@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from ..parallel.group import connect
     from ..text.chat_template import ChatTemplate
 
-    group = connect()
+    group = connect(args.timeout)
     llm = load(args, group)
     chat: Chat | None = None
     with Screen(find_streams() if group.is_root else None) as screen:

@@ -37,14 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; every rank takes its share of the files. The root ends with a line on stderr."""
-    from ..model.recipe import bits_per_weight, whole_parts
     from ..parallel.group import connect
+
+    group, started = connect(), time.perf_counter()
+    from ..model.recipe import bits_per_weight, whole_parts
     from ..startup.finding import find_model
     from ..startup.model_files import METADATA
     from ..startup.opening import open_model
     from ..weights.convert import Conversion, convert, convert_slices
 
-    group, started = connect(), time.perf_counter()
     args = group.broadcast(args)
     destination, files = Path(args.destination).expanduser(), {}
     with group.together():

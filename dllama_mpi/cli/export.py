@@ -33,13 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export; the root writes alone, other ranks wait. It ends with a line on stderr."""
     from ..parallel.group import connect
+
+    group, started = connect(), time.perf_counter()
     from ..parallel.stream import together_at_rest
     from ..startup.exporting import Export
     from ..startup.finding import find_model
     from ..startup.opening import open_model
     from ..weights.partial import told
 
-    group, started = connect(), time.perf_counter()
     args = group.broadcast(args)
     destination = Path(args.destination).expanduser()
     with group.together():

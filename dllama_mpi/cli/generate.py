@@ -52,10 +52,11 @@ def _prompt(args: argparse.Namespace) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Generate; stream the text to stdout, or print one JSON object. A terminal shows the prompt and the speed, too."""
-    from ..engine.stats import Stats
     from ..parallel.group import connect
 
-    group = connect()
+    group = connect(args.timeout)
+    from ..engine.stats import Stats
+
     with group.together():
         prompt = _prompt(args) if group.is_root else ""  # rank 0 alone reads files and the terminal
     llm = load(args, group)

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the perplexity on stdout."""
     from ..parallel.group import connect
 
-    group = connect()
+    group = connect(args.timeout)
     with group.together():
         text = read_text(args.file, "--file") if group.is_root else ""
     llm = load(args, group)

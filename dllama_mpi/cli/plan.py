@@ -55,8 +55,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measured(args: argparse.Namespace) -> int:
-    from ..kernels import runtime
     from ..parallel.group import connect
+
+    group = connect(args.timeout)
+    from ..kernels import runtime
     from ..parallel.partition import AUTO, parse_split
     from ..parallel.stream import together_at_rest
     from ..planning.plan import plan
@@ -65,7 +67,6 @@ def _measured(args: argparse.Namespace) -> int:
     from ..startup.shares import shards_of
     from ..startup.threads import place_threads
 
-    group = connect()
     args = group.broadcast(args)
     cores = group.allgather((group.host, runtime.usable_cores()))
     with together_at_rest(group):  # a file may have to be downloaded

@@ -177,7 +177,7 @@ def without_options(given: Sequence[str], names: Collection[str]) -> list[str]:
 def _serve(args: argparse.Namespace) -> int:
     from ..parallel.group import connect
 
-    group = connect()
+    group = connect(args.timeout)
     server: HttpServer | None = None
     link: Link | None = None
     with group.together():

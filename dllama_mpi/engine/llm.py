@@ -66,7 +66,7 @@ class LLM:
         self, model: str | os.PathLike[str], *, group: TensorParallelGroup | None = None, **options: Any
     ) -> None:
         """Load the model; `options` are the fields of `Options`."""
-        self.group = group or connect()
+        self.group = group or connect(options.get("timeout"))
         with self.group.together():
             self.options: Options = Options(model=os.fspath(model), **options)
         self.options = self.group.broadcast(self.options)

@@ -8,18 +8,20 @@ import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import ClusterError, DllamaError, UsageError
-from .collective.all_reduce import AllReduce
-from .collective.choose import Choice
-from .collective.link import link_of_one_rank
 from .connection import Phase
 from .handshake import shake_hands
 from .launch import host_name, watch_exceptions, world
-from .watchdog import watchdog
+from .roll_call import roll_call
+from .watchdog import is_timeout, watchdog
+
+if TYPE_CHECKING:  # what imports Numba is imported once the watchdog watches
+    from .collective.all_reduce import AllReduce
+    from .collective.choose import Choice
 
 _HEAD = 512  # bytes of a command's first message; a decode step fits
 _HEADER = struct.Struct("<ii")  # kind, payload bytes
@@ -64,7 +66,7 @@ class TensorParallelGroup:
         self.local_ranks = [r for r, host in enumerate(self.hosts) if host == self.host]
         self.traffic = Traffic()
         self._reduce: AllReduce | None = None
-        self._link = link_of_one_rank()
+        self._link: np.record | None = None
         self._head = np.zeros(_HEAD, np.uint8)
         self.watchdog = watchdog()
         if self.comm is not None:
@@ -166,6 +168,8 @@ class TensorParallelGroup:
         if self.comm is None:
             self._reduce = None
             return np.zeros((2, rows, width), np.float32)
+        from .collective.all_reduce import AllReduce
+
         try:
             self._reduce = AllReduce(self.comm, self.hosts, rows, width, payload, sync)
         except UsageError as error:  # every rank has it
@@ -176,7 +180,13 @@ class TensorParallelGroup:
     @property
     def link(self) -> np.record:
         """What compiled layers take for their all-reduces, see `collective.link`."""
-        return self._link if self._reduce is None else self._reduce.link
+        if self._reduce is not None:
+            return self._reduce.link
+        if self._link is None:
+            from .collective.link import link_of_one_rank
+
+            self._link = link_of_one_rank()
+        return self._link
 
     @property
     def choices(self) -> list[Choice]:
@@ -245,12 +255,18 @@ class TensorParallelGroup:
         self.traffic = Traffic()
 
 
-def connect() -> TensorParallelGroup:
+def connect(timeout: float | None = None) -> TensorParallelGroup:
     """Join the job (MPI starts here) and return its group.
+
+    timeout: seconds after which the start is given up, and of silence that end the job later (default: 30; 0: none).
+        What cannot be one is for others to refuse.
 
     Raises:
         ClusterError: see `launch.world` and `handshake`.
     """
-    comm = world()
-    watch_exceptions(comm)
-    return TensorParallelGroup(comm)
+    if is_timeout(timeout):
+        watchdog().timeout = float(timeout or 0)
+    with roll_call(watchdog().timeout):
+        comm = world()
+        watch_exceptions(comm)
+        return TensorParallelGroup(comm)

@@ -2,45 +2,71 @@
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import os
 import socket
 import sys
 import time
 import traceback
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from ..errors import ClusterError, DllamaError
 from .mpiexec import remedy
-from .watchdog import LAST_WORDS_SECONDS, watchdog
+from .watchdog import LAST_WORDS_SECONDS, abort, watchdog
 
-# (what started us, variable with the number of ranks, variable with this rank). The first that is set counts: inside
-# a Slurm step a launcher of its own may run, and then Slurm's numbers are those of its proxies.
-_LAUNCHERS = (
-    ("Open MPI's mpirun", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    ("mpiexec (PMI)", "PMI_SIZE", "PMI_RANK"),
-    ("srun", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-)
+INTERRUPTED = 130  # the exit status after Ctrl-C, as shells have it
+
+# What started us, and its variables with the number of ranks, this rank, and the number of ranks on this host. The
+# first that is set counts: inside a Slurm step a launcher of its own may run, and then Slurm's numbers are those of its
+# proxies.
+_OPEN_MPI = "Open MPI's mpirun"
+_LAUNCHERS = {
+    _OPEN_MPI: ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "mpiexec (PMI)": ("PMI_SIZE", "PMI_RANK", "MPI_LOCALNRANKS"),
+    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", ""),
+}
 
 
-def launched() -> tuple[str, int, int] | None:
-    """Return (launcher, ranks, this rank) as the environment tells it, or None for a process started by hand."""
-    for name, size, rank in _LAUNCHERS:
+class Launched(NamedTuple):
+    """What the environment tells of the job: the launcher's name, the number of ranks, and this rank."""
+
+    launcher: str
+    ranks: int
+    rank: int
+
+    @property
+    def rank_variable(self) -> str:
+        """The variable of the environment that has a rank's number."""
+        return _LAUNCHERS[self.launcher][1]
+
+    @property
+    def local_ranks(self) -> int | None:
+        """How many ranks run on this host; None if the launcher does not say."""
+        number = os.environ.get(_LAUNCHERS[self.launcher][2], "")
+        return int(number) if number.isdigit() else None
+
+
+def launched() -> Launched | None:
+    """Return what the environment tells of the job, or None for a process started by hand."""
+    for name, (size, rank, _) in _LAUNCHERS.items():
         if os.environ.get(size, "").isdigit():
             number = os.environ.get(rank, "")
-            return name, int(os.environ[size]), int(number) if number.isdigit() else 0
+            return Launched(name, int(os.environ[size]), int(number) if number.isdigit() else 0)
     return None
 
 
 def is_root_process() -> bool:
     """Return whether this process is rank 0 as far as can be told without MPI: it alone should print errors."""
     found = launched()
-    return found is None or found[2] == 0
+    return found is None or found.rank == 0
 
 
 def ranks_launched() -> int:
     """Return how many ranks the launcher says it has started; 1 for a process started by hand."""
     found = launched()
-    return 1 if found is None else found[1]
+    return 1 if found is None else found.ranks
 
 
 def cores_kept_back(used: set[int]) -> int:
@@ -48,7 +74,7 @@ def cores_kept_back(used: set[int]) -> int:
 
     It binds ranks to cores unless told otherwise, not itself: it is what has started this process. Known on Linux.
     """
-    if _LAUNCHERS[0][1] not in os.environ or not hasattr(os, "sched_getaffinity"):
+    if _LAUNCHERS[_OPEN_MPI][0] not in os.environ or not hasattr(os, "sched_getaffinity"):
         return 0
     try:
         return len(os.sched_getaffinity(os.getppid()) - used)
@@ -74,22 +100,70 @@ def world() -> Any | None:
     """
     found = launched()
     try:
-        from mpi4py import MPI
+        mpi = _started_mpi()
     except (ImportError, RuntimeError) as error:
-        if found is None or found[1] == 1:
+        if found is None or found.ranks == 1:
             return None
         reason = str(error).splitlines()[0]
         raise ClusterError(
-            f"{found[0]} started {found[1]} ranks, but MPI cannot be loaded ({reason}); {remedy()}"
+            f"{found.launcher} started {found.ranks} ranks, but MPI cannot be loaded ({reason}); {remedy()}"
         ) from None
-    comm = MPI.COMM_WORLD
-    if comm.size == 1 and found is not None and found[1] > 1:
-        library = MPI.Get_library_version().split(",")[0].splitlines()[0].strip("\x00 ")
+    comm = mpi.COMM_WORLD
+    if comm.size == 1 and found is not None and found.ranks > 1:
+        library = mpi.Get_library_version().split(",")[0].splitlines()[0].strip("\x00 ")
         raise ClusterError(
-            f"{found[0]} started {found[1]} ranks, but each sees itself alone: it does not fit the MPI library"
-            f" ({library}); {_remedy(found[0], library)}"
+            f"{found.launcher} started {found.ranks} ranks, but each sees itself alone: it does not fit the MPI library"
+            f" ({library}); {_remedy(found.launcher, library)}"
         )
     return comm
+
+
+def _started_mpi() -> Any:
+    """Return mpi4py's MPI, started.
+
+    Its own start keeps Python's lock while it waits for other ranks, so that no thread could watch over it.
+
+    Raises:
+        ImportError, RuntimeError: there is none.
+    """
+    if "mpi4py.MPI" not in sys.modules:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        start = _mpi_init(MPI)
+        if start is None:
+            MPI.Init_thread()
+        elif status := start():
+            raise RuntimeError(f"MPI_Init_thread returned {status}")
+        for comm in (MPI.COMM_SELF, MPI.COMM_WORLD):
+            comm.Set_errhandler(MPI.ERRORS_RETURN)  # as mpi4py does, which makes exceptions of them
+        atexit.register(_finalize)
+    return MPI
+
+
+def _mpi_init(mpi: Any) -> Callable[[], int] | None:
+    """Return a function that starts MPI without Python's lock and returns MPI's status; None if MPI's is not found."""
+    try:
+        function = ctypes.CDLL(mpi.__file__).MPI_Init_thread  # of the libraries that mpi4py's module is linked with
+    except (AttributeError, OSError):
+        return None
+    level = ctypes.c_int(mpi.THREAD_MULTIPLE)
+    return lambda: int(function(None, None, level, ctypes.byref(ctypes.c_int())))
+
+
+def _finalize() -> None:
+    mpi = sys.modules["mpi4py.MPI"]
+    if not mpi.Is_finalized():
+        mpi.Finalize()
+
+
+def is_started() -> bool:
+    """Return whether MPI has been started in this process."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    return mpi is not None and bool(mpi.Is_initialized())
 
 
 def host_name() -> str:
@@ -118,16 +192,30 @@ def _abort(comm: Any, status: int) -> None:
     """End the whole job, after a moment in which the launcher passes on what this rank has said."""
     watchdog().fail(status)
     time.sleep(LAST_WORDS_SECONDS)
-    comm.Abort(status)
+    abort(comm, status)
 
 
 def abandon(status: int) -> int:
-    """End the whole job at once without a word, or return the status if this process is alone."""
+    """End the whole job at once without a word, or return the status if MPI does not connect this process to others."""
     comm = _connected()
     if comm is not None:
         watchdog().fail(status)
-        comm.Abort(status)
+        abort(comm, status)
     return status
+
+
+def interrupted(_signal: int, _frame: Any) -> None:
+    """Handle Ctrl-C: end the job without a word, with status 130. A process alone clears up first.
+
+    Raises:
+        KeyboardInterrupt: this process is alone.
+    """
+    if ranks_launched() == 1:
+        raise KeyboardInterrupt
+    os._exit(abandon(INTERRUPTED))  # ranks would part if each ended in its own time
+
+
+interrupted.ends_job = True  # type: ignore[attr-defined]
 
 
 def _connected() -> Any | None:

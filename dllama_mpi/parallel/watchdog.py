@@ -38,10 +38,15 @@ TIMEOUT = 30.0  # seconds of silence, unless told otherwise
 LEAST_TIMEOUT, LONGEST_TIMEOUT = 1.0, 86400.0
 LAST_WORDS_SECONDS = 0.3  # in which a launcher passes on what a rank has said before the job is ended
 _BEAT_SECONDS = 1.0
-_SLACK = 0.5  # a look that comes this much late means that this process itself was stopped
+SLACK = 0.5  # a look that comes this much late means that this process itself was stopped
 _ABORT_SECONDS = 2.0  # MPI's abort, or that of the rank which failed, should have ended this process by then
 _LEFT_SECONDS = 5.0  # a worker waits this long for a root that is leaving
 _NOTHING_YET = Message(Kind.BEAT, Phase.LOADING, 0, 0, 0.0)
+
+
+def is_timeout(value: Any) -> bool:
+    """Return whether a value can be the watchdog's timeout."""
+    return isinstance(value, (int, float)) and (value == 0 or LEAST_TIMEOUT <= value <= LONGEST_TIMEOUT)
 
 
 @dataclass
@@ -161,7 +166,7 @@ class Watchdog:
                 key.data()
             now = time.monotonic()
             late = now - looked - pause
-            if late > _SLACK:  # stopped and continued: its own clock says nothing about others
+            if late > SLACK:  # stopped and continued: its own clock says nothing about others
                 for peer in list(self._peers.values()):
                     peer.heard = min(now, peer.heard + late)
             looked = now
@@ -242,7 +247,7 @@ class Watchdog:
         self._send(self._message(Kind.FAILED, 1))
         _exit_later(LAST_WORDS_SECONDS + _ABORT_SECONDS)
         if self._rank > 1:  # one rank's word is enough, if that rank is there to say it
-            time.sleep(min(_ABORT_SECONDS - LAST_WORDS_SECONDS, self._rank * LAST_WORDS_SECONDS))
+            time.sleep(min(_ABORT_SECONDS - LAST_WORDS_SECONDS, 1.0 + self._rank * LAST_WORDS_SECONDS))
         ahead = "\n" if self._state[0] in (Phase.PREFILL, Phase.DECODE) else ""  # text may stand in the line
         with contextlib.suppress(OSError):
             os.write(2, f"{ahead}error: {reason}; ending the job\n".encode())
@@ -254,7 +259,7 @@ class Watchdog:
         mpi = sys.modules["mpi4py.MPI"]
         with contextlib.suppress(Exception):
             if not mpi.Is_finalized() and mpi.Query_thread() == mpi.THREAD_MULTIPLE:
-                self._comm.Abort(1)
+                abort(self._comm, 1)
 
     def _follow(self, peer: Peer, status: int) -> None:
         """Pass on that a rank ends the job, and end with it."""
@@ -265,6 +270,13 @@ class Watchdog:
         _exit_later(2 * _ABORT_SECONDS)
         time.sleep(_ABORT_SECONDS)
         os._exit(status)
+
+
+def abort(comm: Any, status: int) -> None:
+    """End the whole job by MPI; what was to be said has been said."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # libraries say on every rank that they abort
+    comm.Abort(status)
 
 
 def _exit_later(seconds: float) -> None:

@@ -12,7 +12,7 @@ from ..model.buffers import KV_TYPES
 from ..model.config import ModelConfig
 from ..model.recipe import WeightRecipe, default_kv_type, described
 from ..parallel.collective.table import MPI, PAYLOADS, SYNCS
-from ..parallel.watchdog import LEAST_TIMEOUT, LONGEST_TIMEOUT, TIMEOUT
+from ..parallel.watchdog import LEAST_TIMEOUT, LONGEST_TIMEOUT, TIMEOUT, is_timeout
 from ..progress import MODES
 
 MAX_STEP_MS = 250.0
@@ -102,7 +102,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; it must be at least 1")
-        if not (self.timeout == 0 or LEAST_TIMEOUT <= self.timeout <= LONGEST_TIMEOUT):
+        if not is_timeout(self.timeout):
             limits = f"from {LEAST_TIMEOUT:g} to {LONGEST_TIMEOUT:g} seconds"
             raise UsageError(f"timeout is {self.timeout:g}; it must be {limits}, or 0 for none")
 

@@ -28,7 +28,7 @@ from tests.documents.commands import (
     strange_options,
 )
 from tests.mpi import guard
-from tests.mpi.launch import ROOT, Done, launcher, launcher_version, run, run_mark, start
+from tests.mpi.launch import ROOT, Done, has_open_mpi, launcher, run, run_mark, start
 
 COMMANDS = [command for path in DOCUMENTS for command in commands(path)]
 
@@ -159,7 +159,7 @@ def test_what_is_not_there_is_found(text: str) -> None:
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with all files that the commands name, in which they run one after another."""
-    if "HYDRA" not in launcher_version():
+    if has_open_mpi():
         pytest.skip("most of the commands are MPICH's")
     folder = tmp_path_factory.mktemp("documents")
     demo = ROOT / "dllama_mpi" / "demo"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -186,6 +188,21 @@ def test_architectures_are_listed() -> None:
     for each, line in zip(listed, lines[2:], strict=True):
         assert each["about"]
         assert line.split(maxsplit=1) == [each["model_type"], each["about"]]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_one_line() -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "dllama_mpi", *GREEDY[2:]],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: output cannot be written: No space left on device"
+    assert "Traceback" not in done.stderr
 
 
 def test_states_are_not_drafted_for() -> None:
