@@ -5,9 +5,10 @@ Importing this package starts no MPI and compiles nothing; building an `LLM` doe
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # typing's own would take a moment to import, before `__main__` handles Ctrl-C
 if TYPE_CHECKING:
+    from typing import Any
+
     from .engine.llm import LLM
     from .engine.request import SamplingParams
 

@@ -1,5 +1,6 @@
 """`python -m dllama_mpi`, and the command `dllama-mpi`."""
 
+import atexit
 import os
 import signal
 import sys
@@ -10,6 +11,8 @@ if threading.current_thread() is threading.main_thread() and (
     signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
     signal.signal(signal.SIGINT, lambda _signal, _frame: os._exit(130))
+    # Last of all: the work is done, and while Python takes itself apart the signal would kill it.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 from .cli import main
 
