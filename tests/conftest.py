@@ -23,23 +23,29 @@ FIRST = ("unit/test_convert.py", "unit/test_model.py", "unit/test_families.py")
 """Tests that compile what others need, and those that take longest."""
 
 
-MANY, TIERS = 12, 3
-"""Of a test with more cases than that, each tier tries every third: quick, slow and long."""
+MANY, EVERY = 8, 4
+"""Of a test with more cases than that, a tier tries every fourth, the next tier of the rest again every fourth."""
+
+
+CHEAP = ("test_imports.py", "test_commands.py")
+"""Files whose cases take next to no time each, or are few where they do."""
 
 
 def thin_out(items: list[pytest.Item]) -> None:
-    """Spread long lists of cases over the tiers; what is long is no part of the slow tier."""
-    cases: dict[tuple[str, str], list[pytest.Item]] = {}
-    for item in items:
-        if isinstance(item, pytest.Function) and item.get_closest_marker("slow") is None:
-            cases.setdefault((str(item.path), item.originalname), []).append(item)
-    for some in cases.values():
-        for i, item in enumerate(some if len(some) > MANY else ()):
-            if i % TIERS:
-                item.add_marker(pytest.mark.slow if i % TIERS == 1 else pytest.mark.long)
+    """Spread long lists of cases over the tiers: quick, slow, long. What is long is slow as well."""
+    for tier, next_tier in ((None, "slow"), ("slow", "long")):
+        cases: dict[tuple[str, str], list[pytest.Item]] = {}
+        for item in items:
+            of_tier = "long" if item.get_closest_marker("long") else "slow" if item.get_closest_marker("slow") else None
+            if isinstance(item, pytest.Function) and of_tier == tier and item.path.name not in CHEAP:
+                cases.setdefault((str(item.path), item.originalname), []).append(item)
+        for some in cases.values():
+            for i, item in enumerate(some if len(some) > MANY else ()):
+                if i % EVERY:
+                    item.add_marker(next_tier)
     for item in items:
         if item.get_closest_marker("long"):
-            item.add_marker(pytest.mark.slow)
+            item.add_marker("slow")
 
 
 def is_with_mpi(item: pytest.Item) -> bool:

@@ -26,7 +26,7 @@ LANGUAGES = (*SHELLS, "text", "toml", "python", "yaml", "ini")
 MPIEXEC = {"-n", "-np", "-f", "-hosts", "-hostfile", "--hostfile", "--host", "--bind-to", "--mca"}
 SBATCH = {"--nodes", "--ntasks-per-node", "--time", "--array", "--signal", "--batch", "--cpus-per-task", "--exclusive",
           "--hint", "--mpi", "--bind"}  # fmt: skip
-OTHERS = {"--map-by", "--allow-run-as-root", "-K", "-iface"} | MPIEXEC | SBATCH
+OTHERS = {"--map-by", "--allow-run-as-root", "-K", "--kill-on-bad-exit", "-iface"} | MPIEXEC | SBATCH
 _SCRIPTS = {"generate": "generate", "serve": "serve", "batch": "batch", "bench_scaling": "bench"}  # slurm's
 _VALUES = {"N": "2", "F": "f16", "I/N": "0/2"}  # of an option whose values are not any text
 _OPERATORS = {"|", "||", "&&", ";", "&", ">", ">>", "2>&1"}

@@ -53,7 +53,7 @@ def test_a_leak_is_found(megabytes_an_hour: int, trouble: list[str], monkeypatch
     assert list(tally.trouble) == trouble
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_soak(tmp_path: Path) -> None:
     options = ["--minutes", "0.4", "--clients", "4", "--most-growth", "25"]
     done = run([sys.executable, str(ROOT / "benchmarks" / "soak.py"), *options, "--json", str(tmp_path / "figures")])

@@ -46,14 +46,14 @@ def kernels(board: str) -> tuple[str, ...]:
         f"test_state_kernels.py::test_delta_net[{NET}-2-mixed]",
         f"test_state_kernels.py::test_short_conv[{CONV}-2-mixed]",
         *(f"test_experts.py::test_mixtures_of_every_kind[silu-gated-True-{formats}]" for formats in MIXTURES),
-        *(f"test_payloads.py::test_encode[7-{payload}]" for payload in ("f16", "q80")),
+        *(f"test_payloads.py::test_encode[7-{payload}]" for payload in ("f16", "q80", "q40")),
         "test_residual.py::test_add_and_normalise[True-3-2-q80]",
         "test_attention.py::test_attention[True-4-2-5]",
         "test_attention.py::test_quantised_cache[1-9-80]",
     )
 
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 every_board = pytest.mark.parametrize("board", BOARDS)
 takes_long = pytest.mark.skipif(
     not os.environ.get(emulated.WHOLE), reason="takes long: python tests/hosts/emulated.py check"

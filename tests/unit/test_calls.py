@@ -134,7 +134,7 @@ def test_a_prompt_that_cannot_be(prompt: list[int], message: str, load: Load) ->
             {"weights": "q50"},
             "--weights q50: 'q50' is no format; known are q40, q4m, iq4nl, mxfp4, q80, f16, f32",
         ),
-        ({"buffer_float_type": "q40"}, "buffer_float_type is 'q40'; it must be one of f32, f16, q80"),
+        ({"buffer_float_type": "q4m"}, "buffer_float_type is 'q4m'; it must be one of f32, f16, q80, q40"),
         ({"kv_type": "q4"}, "kv_type is 'q4'; it must be one of f16, f32, q80"),
         ({"nthreads": 0}, "nthreads is 0; it must be at least 1"),
         ({"max_seq_len": 0}, "max_seq_len is 0; it must be at least 1"),
