@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -26,6 +28,9 @@ FIRST = ("unit/test_convert.py", "unit/test_model.py", "unit/test_families.py")
 MANY, EVERY = 8, 4
 """Of a test with more cases than that, a tier tries every fourth, the next tier of the rest again every fourth."""
 
+
+SHARING = ("mpi", "end_to_end", "documents")
+"""Folders whose tests share jobs of ranks, or files."""
 
 CHEAP = ("test_imports.py", "test_commands.py")
 """Files whose cases take next to no time each, or are few where they do."""
@@ -73,17 +78,27 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")
     if getattr(config.option, "numprocesses", 0) is None and is_whole and not is_worker:
         config.option.numprocesses = 0 if config.option.usepdb or config.option.collectonly else WORKERS
-        config.option.dist, config.option.loadscopereorder = "loadgroup", False
+        config.option.dist, config.option.loadscopereorder = "loadscope", False
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put tests in order. With workers, a file's tests stay together, and those that share MPI jobs all do."""
+    """Put tests in order."""
     thin_out(items)
     items.sort(key=place)
-    for item in items:
-        shares = is_with_mpi(item) and item.path.parent.name not in ("server", "hosts")
-        item.add_marker(pytest.mark.xdist_group("mpi" if shares else item.path.stem))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With workers, have a file's tests stay together, and those of a folder whose tests share jobs of ranks."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = Path(nodeid.partition("::")[0])
+            return path.parent.name if path.parent.name in SHARING else str(path)
+
+    return Scheduling(config, log)
 
 
 def pytest_unconfigure() -> None:

@@ -38,6 +38,7 @@ NOT_RUN = {
     r"sbatch .*|\. \./dllama-serve-JOB\.connection|curl .*\$DLLAMA_URL.*": "needs Slurm: tests/slurm",
     r"DLLAMA_(VENV|PYTHON)=.*": "settings, no commands",
     r"python benchmarks/compare_llama_cpp\.py .*": "needs llama.cpp and gigabytes",
+    r"python benchmarks/lan_scaling\.py": "takes minutes: tests/mpi/test_lan_scaling.py",
     r".* open-webui serve": "another program",
     r"sudo .*|printf .*/etc/hosts|echo .*/etc/dllama_mpi|journalctl .*": "needs root on a Pi",
     r"ssh-keygen .*|.* ssh-copy-id .*": "needs a password; the hosts of the tests have keys",
@@ -213,7 +214,6 @@ def served(folder: Path, text: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("documents")
 @pytest.mark.parametrize("command", [pytest.param(command, id=command.name) for command in RUN])
 def test_command(command: Command, work: Path) -> None:
     text = substituted(command.text)

@@ -15,7 +15,7 @@ from tests.documents.test_commands import may_run
 from tests.end_to_end.sshd import find_sshd
 from tests.mpi.launch import environment
 
-pytestmark = [pytest.mark.long, pytest.mark.lan, pytest.mark.xdist_group("documents")]
+pytestmark = [pytest.mark.long, pytest.mark.lan]
 
 RUN = [command for command in commands(PI_PAGE) if may_run(command)]
 SERVED = re.compile(r"curl .*|ExecStart=.*")

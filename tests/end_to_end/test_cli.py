@@ -122,7 +122,7 @@ def test_perplexity_by_weights() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sync", ["direct", "scatter"])
+@pytest.mark.parametrize("sync", ["direct", pytest.param("scatter", marks=pytest.mark.long)])
 def test_perplexity_of_activations_in_four_bits(sync: str) -> None:
     """As what a message leaves out goes with the next, they cost less than 0.3 %."""
     sent = ["--weights", "f32", "--sync", sync, "--buffer-float-type"]

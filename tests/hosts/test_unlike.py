@@ -44,7 +44,11 @@ def older() -> tuple[str, ...]:
 
 
 @pytest.mark.slow  # kernels are compiled anew
-@pytest.mark.parametrize("options", [(), ("--weights", "f32", "--buffer-float-type", "f32")], ids=["q4m", "f32"])
+@pytest.mark.parametrize(
+    "options",
+    [(), pytest.param(("--weights", "f32", "--buffer-float-type", "f32"), marks=pytest.mark.long)],
+    ids=["q4m", "f32"],
+)
 def test_instruction_sets_and_cores_of_one_job(options: tuple[str, ...]) -> None:
     alike = text([HERE, HERE], *options)
     assert text([HERE, older()], *options) == alike
