@@ -45,7 +45,7 @@ def test_sums(ranks: int, algorithm: str, payload: str) -> None:
         assert not any(case["wrong"]), case
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=slow), 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=slow), pytest.param(3, marks=slow)])
 def test_sums_through_mpi4py(ranks: int) -> None:
     tried = [case for case in results(ranks, "python") if "refused" not in case]
     assert {case["algorithm"] for case in tried} == {"direct", "scatter", "mpi"}
@@ -73,7 +73,7 @@ def test_overlap(ranks: int, algorithm: str, payload: str, model: str, tmp_path:
     assert found["same"]
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, pytest.param(8, marks=slow)])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=slow) for ranks in (3, 4, 8))])
 def test_predicted_bytes(ranks: int) -> None:
     """What is allocated is what planning and the check of memory are told, within 2 %, in every layout of hosts."""
     done = pool(ranks).run([str(ROOT / "tests/mpi/all_reduce_bytes_job.py")])

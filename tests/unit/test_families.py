@@ -102,7 +102,8 @@ def test_chunks_and_threads_change_no_bit(name: str, weights: str, load: Load) -
 
 
 @pytest.mark.parametrize(
-    ("name", "recipe"), [("qwen2_moe", "q40"), ("granitemoe", "q80"), ("olmoe_clip", "q40"), ("gpt_oss", "mxfp4")]
+    ("name", "recipe"),
+    [slow("qwen2_moe", "q40"), slow("granitemoe", "q80"), slow("olmoe_clip", "q40"), ("gpt_oss", "mxfp4")],
 )
 def test_quantised_experts_are_the_twins(name: str, recipe: str, folder: Callable[[str], Path], load: Load) -> None:
     """Compare with tolerance 1e-4, but for tokens where a rounding went the other way, see `test_model`.
