@@ -206,10 +206,11 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def leave_signals_to_root(group: TensorParallelGroup) -> None:
-    """Have workers ignore the signals that launchers send to every rank: the root ends them."""
-    if not group.is_root:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, lambda *_: None)
+    """Have workers ignore the signals that launchers send to every rank: the root ends them. Collective."""
+    with group.together():
+        if not group.is_root:
+            for each in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(each, lambda *_: None)
 
 
 @contextmanager

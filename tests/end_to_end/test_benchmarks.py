@@ -31,7 +31,7 @@ def test_libraries_are_no_scripts() -> None:
         assert "__main__" not in (ROOT / "benchmarks" / name).read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kernels() -> None:
     sizes = "--shape 64x64 --formats q40 --tokens 1 --heads 2x1x32 --depths 64 --attention-tokens 1 --kv-types f16"
     done = pool(1).run([str(ROOT / "benchmarks" / "kernels.py"), *sizes.split(), "--nthreads", "1"])

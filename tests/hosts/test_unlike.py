@@ -43,7 +43,7 @@ def older() -> tuple[str, ...]:
     return ("env", *settings, *bound, *HERE)
 
 
-@pytest.mark.slow  # kernels are compiled anew
+@pytest.mark.long  # kernels are compiled anew
 @pytest.mark.parametrize(
     "options",
     [(), pytest.param(("--weights", "f32", "--buffer-float-type", "f32"), marks=pytest.mark.long)],

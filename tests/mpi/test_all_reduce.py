@@ -29,7 +29,7 @@ def results(ranks: int, calls: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("payload", PAYLOADS)
 @pytest.mark.parametrize("algorithm", SYNCS[1:])
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=slow), pytest.param(4, marks=slow)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=slow), pytest.param(4, marks=pytest.mark.long)])
 def test_sums(ranks: int, algorithm: str, payload: str) -> None:
     cases = [case for case in results(ranks, "") if (case["algorithm"], case["payload"]) == (algorithm, payload)]
     refused = [case for case in cases if "refused" in case]

@@ -17,7 +17,19 @@ from tests.mpi.launch import has_open_mpi
 from tests.tiers import all_but, slow
 
 HOST = socket.gethostname().split(".")[0]
-RUN = ["--nthreads", "1", "--temperature", "0", "--prompt", "Return the", "--steps", "400", "--ignore-eos"]
+RUN = [
+    "--nthreads",
+    "1",
+    "--temperature",
+    "0",
+    "--prompt",
+    "Return the",
+    "--steps",
+    "100000",
+    "--ignore-eos",
+    "--max-seq-len",
+    "100100",
+]
 PROGRAM = ["-m", "dllama_mpi"]
 
 # Has a rank do something once it gets to a place: the import of a module of this name, or a call of MPI's.
