@@ -150,6 +150,7 @@ def connection(path: Path) -> tuple[str, str]:
     return found["DLLAMA_URL"], found["DLLAMA_API_KEY"]
 
 
+@pytest.mark.long  # Slurm 22.05 sometimes ends a requeued job at its second start, before the script's first line
 def test_the_time_limit(hosts: Cluster, place: Path) -> None:
     """A server drains and ends with 0; a batch is saved and requeued, and finishes."""
     file = requests(place / "in.jsonl", 32, 48)
