@@ -150,7 +150,7 @@ def connection(path: Path) -> tuple[str, str]:
     return found["DLLAMA_URL"], found["DLLAMA_API_KEY"]
 
 
-@pytest.mark.long  # Slurm 22.05 sometimes ends a requeued job at its second start, before the script's first line
+@pytest.mark.long  # the second start of the requeued job fails at times, before its first line; why is not known
 def test_the_time_limit(hosts: Cluster, place: Path) -> None:
     """A server drains and ends with 0; a batch is saved and requeued, and finishes."""
     file = requests(place / "in.jsonl", 32, 48)
